@@ -1,0 +1,47 @@
+"""What happens around training: pictures, written masks, phases of one fit, reports.
+
+Names are resolved on first use, so `import callbacks` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from callbacks.atomic import write_atomically, write_json_atomically
+    from callbacks.image_grid import DenoisingGrid, SegmentationGrid
+    from callbacks.mask_writer import MaskWriter
+    from callbacks.metrics_report import MetricsReport, print_metrics_table
+    from callbacks.stage_transition import StageTransition
+
+__all__ = [
+    "DenoisingGrid",
+    "MaskWriter",
+    "MetricsReport",
+    "SegmentationGrid",
+    "StageTransition",
+    "print_metrics_table",
+    "write_atomically",
+    "write_json_atomically",
+]
+
+_HOMES = {
+    "DenoisingGrid": "callbacks.image_grid",
+    "MaskWriter": "callbacks.mask_writer",
+    "MetricsReport": "callbacks.metrics_report",
+    "SegmentationGrid": "callbacks.image_grid",
+    "StageTransition": "callbacks.stage_transition",
+    "print_metrics_table": "callbacks.metrics_report",
+    "write_atomically": "callbacks.atomic",
+    "write_json_atomically": "callbacks.atomic",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,158 @@
+"""The numbers at the end of an evaluation: one table, one file, one row in TensorBoard's HParams tab."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.trainer.states import TrainerFn
+from rich.console import Console
+from rich.table import Table
+
+from callbacks.atomic import write_json_atomically
+
+Scalar = bool | int | float | str
+
+
+def print_metrics_table(runs: Mapping[str, Mapping[str, float]], console: Console | None = None) -> None:
+    """Print one table: a row for each metric, a column for each run.
+
+    Args:
+        runs: Name of a run -> name of a metric -> its value. A metric that a run lacks is shown as "-".
+        console: Where to print; standard output by default.
+    """
+    table = Table()
+    table.add_column("metric", overflow="fold")
+    for name in runs:
+        table.add_column(name, justify="right", overflow="fold")
+    for metric in dict.fromkeys(metric for values in runs.values() for metric in values):
+        table.add_row(metric, *(f"{v[metric]:.4f}" if metric in v else "-" for v in runs.values()))
+    console = console or Console()
+    if not console.is_terminal:  # a log file has no edge to wrap at
+        unbounded = console.options.update(max_width=10_000)
+        console.width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.print(table)
+
+
+class MetricsReport(pl.Callback):
+    """Reports the metrics of `test`, and of `validate` when that is run by itself.
+
+    Prints one table in place of Lightning's own, merges the metrics into `metrics.json` in the log directory
+    (NaN becomes null) and gives them, with the hyper-parameters of the module, to TensorBoard's HParams tab.
+
+    Args:
+        hyperparameters: More of them for the HParams tab, such as what describes the data.
+        run_name: Head of this run's column.
+        other_runs: Columns of other runs to print before this one: run -> metric -> value.
+        file_name: Name of the file in the log directory.
+    """
+
+    def __init__(
+        self,
+        hyperparameters: dict[str, Scalar] | None = None,
+        run_name: str = "value",
+        other_runs: dict[str, dict[str, float]] | None = None,
+        file_name: str = "metrics.json",
+    ) -> None:
+        """Nothing is read or written before an evaluation."""
+        self.hyperparameters = dict(hyperparameters or {})
+        self.run_name = run_name
+        self.other_runs = {name: dict(metrics) for name, metrics in (other_runs or {}).items()}
+        self.file_name = file_name
+
+    def add_run(self, name: str, metrics: Mapping[str, float]) -> None:
+        """Print another run's metrics beside this one's.
+
+        Args:
+            name: Head of its column.
+            metrics: Its metrics.
+
+        Raises:
+            ValueError: The column is taken.
+        """
+        if name in (self.run_name, *self.other_runs):
+            msg = f"Expected `name` to be a new column, got {name!r} again; name each run differently."
+            raise ValueError(msg)
+        self.other_runs[name] = dict(metrics)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Switch off Lightning's own table of results.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Not looked at.
+        """
+        trainer.test_loop.verbose = False
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Switch off Lightning's own table of results.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Not looked at.
+        """
+        trainer.validate_loop.verbose = False
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report the test.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module whose hyper-parameters are reported.
+        """
+        self._report(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report a validation that is not part of a fit.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module whose hyper-parameters are reported.
+        """
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._report(trainer, pl_module)
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Both may talk to the other processes, so all of them ask before all but one leave.
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        folder = trainer.log_dir
+        if not trainer.is_global_zero or not metrics:
+            return
+        print_metrics_table({**self.other_runs, self.run_name: metrics})
+        self._log_hyperparameters(trainer, pl_module, metrics)
+        if folder is not None:
+            _merge(Path(folder) / self.file_name, metrics)
+
+    def _log_hyperparameters(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float]
+    ) -> None:
+        params = dict(_flat(dict(pl_module.hparams))) | self.hyperparameters
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(params, metrics, step=trainer.global_step)
+
+
+def _flat(params: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Scalar]]:
+    """Names joined by slashes and values that the HParams tab can show; other objects by their text."""
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, Scalar) else str(value)
+
+
+def _merge(path: Path, metrics: Mapping[str, float]) -> None:
+    """Put metrics into a JSON file; those of other evaluations stay in it."""
+    before: object = {}
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            before = None
+    if not isinstance(before, dict):
+        msg = f"Expected {path} to hold a JSON object of metrics, got something else; rename the file."
+        raise ValueError(msg)  # noqa: TRY004 - the content of a file, not the type of an argument
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    write_json_atomically(path, {**before, **finite})

@@ -1,0 +1,78 @@
+"""What is trained on: images, masks and the order they are read in.
+
+Names are imported on first use, because albumentations alone takes seconds and a command line's `--help`
+needs none.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING
+
+# albumentations asks PyPI for a newer version when it is imported; nothing here may phone home.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+if TYPE_CHECKING:
+    from datamodules.generated import GeneratedLesionsDataModule, draw_lesions
+    from datamodules.loading import EvalSampler, SampleKey, TrainSampler
+    from datamodules.partition import labelled_subset, stratified_order
+    from datamodules.segmentation.base import SegmentationDataModule
+    from datamodules.segmentation.celebamask_hq import CelebAMaskHQDataModule
+    from datamodules.segmentation.chest_xray import ChestXrayDataModule
+    from datamodules.segmentation.dataset import SegmentationDataset
+    from datamodules.segmentation.folder import FolderSegmentationDataModule
+    from datamodules.segmentation.isic2018 import ISIC2018DataModule
+    from datamodules.segmentation.pairs import LabelledArrays, Pair
+    from datamodules.segmentation.ph2 import PH2DataModule
+    from datamodules.transforms import SwapHorizontalFlip, default_train_transform
+
+__all__ = [
+    "CelebAMaskHQDataModule",
+    "ChestXrayDataModule",
+    "EvalSampler",
+    "FolderSegmentationDataModule",
+    "GeneratedLesionsDataModule",
+    "ISIC2018DataModule",
+    "LabelledArrays",
+    "PH2DataModule",
+    "Pair",
+    "SampleKey",
+    "SegmentationDataModule",
+    "SegmentationDataset",
+    "SwapHorizontalFlip",
+    "TrainSampler",
+    "default_train_transform",
+    "draw_lesions",
+    "labelled_subset",
+    "stratified_order",
+]
+
+_MODULES = {
+    "datamodules.generated": ("GeneratedLesionsDataModule", "draw_lesions"),
+    "datamodules.loading": ("EvalSampler", "SampleKey", "TrainSampler"),
+    "datamodules.partition": ("labelled_subset", "stratified_order"),
+    "datamodules.segmentation.base": ("SegmentationDataModule",),
+    "datamodules.segmentation.celebamask_hq": ("CelebAMaskHQDataModule",),
+    "datamodules.segmentation.chest_xray": ("ChestXrayDataModule",),
+    "datamodules.segmentation.dataset": ("SegmentationDataset",),
+    "datamodules.segmentation.folder": ("FolderSegmentationDataModule",),
+    "datamodules.segmentation.isic2018": ("ISIC2018DataModule",),
+    "datamodules.segmentation.pairs": ("LabelledArrays", "Pair"),
+    "datamodules.segmentation.ph2": ("PH2DataModule",),
+    "datamodules.transforms": ("SwapHorizontalFlip", "default_train_transform"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first asked for (PEP 562)."""
+    if name not in _HOME:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names too, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,150 @@
+"""Where data is found and in which order it is read, as functions of explicit seeds."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch.distributed as dist
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+DATA_VARIABLE = "FEWLIGHT_DATA"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleKey:
+    """What a sampler asks a dataset for.
+
+    Attributes:
+        index: Position in the dataset; -1 asks for a filler that metrics and losses ignore.
+        draw: Position in the endless training stream; it alone (with the dataset's seed) decides the
+            augmentation.
+    """
+
+    index: int
+    draw: int
+
+
+def resolve_root(root: str | Path) -> Path:
+    """Find a data folder.
+
+    Args:
+        root: Folder; `~` is expanded, and a relative one is looked for under $FEWLIGHT_DATA when that is set,
+            else under the current directory.
+
+    Returns:
+        The path, which need not exist.
+    """
+    path = Path(root).expanduser()
+    base = os.environ.get(DATA_VARIABLE, "")
+    if path.is_absolute() or not base:
+        return path
+    return Path(base).expanduser() / path
+
+
+def world() -> tuple[int, int]:
+    """Return (world_size, rank) of torch.distributed, (1, 0) where it is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(), dist.get_rank()
+    return 1, 0
+
+
+class _ShardSampler(DistributedSampler[Any]):
+    """What both samplers share: Lightning leaves a DistributedSampler alone instead of replacing it."""
+
+    def __init__(self, size: int, world_size: int | None, rank: int | None) -> None:
+        if size < 1:
+            msg = f"Expected argument `size` to be at least 1, but got {size}: there is nothing to draw from."
+            raise ValueError(msg)
+        current_size, current_rank = world()
+        world_size = current_size if world_size is None else world_size
+        rank = current_rank if rank is None else rank
+        if not 0 <= rank < world_size:
+            msg = f"Expected argument `rank` to be in [0, {world_size}), but got {rank}."
+            raise ValueError(msg)
+        # The parent only wants a length.
+        super().__init__(cast("Dataset[Any]", range(size)), num_replicas=world_size, rank=rank, shuffle=False)
+        self.size = size
+
+
+class TrainSampler(_ShardSampler):
+    """An endless stream of seeded permutations, cut into epochs of any length.
+
+    Position p of the stream is element p mod n of permutation p div n, which is drawn from (seed, p div n).
+    Epoch e holds positions [e L, (e + 1) L), so every image is seen equally often whatever L is, and the
+    order of an epoch can be had without the epochs before it: a resumed run sees what the uninterrupted one
+    would have seen.
+
+    Args:
+        size: Number of images n.
+        samples_per_epoch: Length L of an epoch over all ranks, rounded up to a multiple of `world_size` so
+            that the ranks take equally many steps; None takes n.
+        seed: Seed of the permutations.
+        world_size: Number of processes; None asks torch.distributed.
+        rank: This process; None asks torch.distributed.
+
+    Raises:
+        ValueError: If a size is below 1 or `rank` is outside the world.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        samples_per_epoch: int | None = None,
+        seed: int = 0,
+        world_size: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        """Work out the length of an epoch."""
+        super().__init__(size, world_size, rank)
+        length = size if samples_per_epoch is None else samples_per_epoch
+        if length < 1:
+            msg = (
+                f"Expected argument `samples_per_epoch` to be at least 1, but got {length}. "
+                "Leave it out to visit every image once an epoch."
+            )
+            raise ValueError(msg)
+        self.seed = seed
+        self.num_samples = -(-length // self.num_replicas)
+        self.total_size = self.num_samples * self.num_replicas
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        """Yield this rank's samples of the epoch given to `set_epoch`."""
+        start = self.epoch * self.total_size
+        block, order = -1, np.empty(0, dtype=np.int64)
+        for draw in range(start + self.rank, start + self.total_size, self.num_replicas):
+            if draw // self.size != block:
+                block = draw // self.size
+                order = np.random.default_rng((self.seed, block)).permutation(self.size)
+            yield SampleKey(int(order[draw % self.size]), draw)
+
+
+class EvalSampler(_ShardSampler):
+    """Every image exactly once over all ranks, in order.
+
+    Args:
+        size: Number of images.
+        pad: Give every rank equally many samples by adding fillers, `SampleKey(-1, 0)`; a metric that waits
+            for all ranks would hang otherwise. Nothing waits in prediction, which takes no fillers.
+        world_size: Number of processes; None asks torch.distributed.
+        rank: This process; None asks torch.distributed.
+
+    Raises:
+        ValueError: If `size` is below 1 or `rank` is outside the world.
+    """
+
+    def __init__(self, size: int, pad: bool = True, world_size: int | None = None, rank: int | None = None) -> None:
+        """Work out this rank's share."""
+        super().__init__(size, world_size, rank)
+        own = len(range(self.rank, size, self.num_replicas))
+        self.num_samples = -(-size // self.num_replicas) if pad else own
+        self._own = own
+
+    def __iter__(self) -> Iterator[int | SampleKey]:
+        """Yield this rank's images, then its fillers."""
+        yield from range(self.rank, self.size, self.num_replicas)
+        for _ in range(self.num_samples - self._own):
+            yield SampleKey(-1, 0)

@@ -1,0 +1,225 @@
+"""What every module of the collection shares: optimiser, moving average, repeatable randomness, sane losses."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+
+@runtime_checkable
+class HasTrunkAndHead(Protocol):
+    """A network that can tell its last layer from the rest."""
+
+    def trunk_parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters but the last layer's."""
+        ...
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """The last layer's parameters."""
+        ...
+
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def _ema_update(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
+    """The in-place EMA of a list of tensors; early updates use a shorter memory.
+
+    With the plain constant decay the average of a run much shorter than 1 / (1 - decay) would still be mostly its
+    random start, so update n uses min(decay, (1 + n) / (10 + n)), the warm-up of TensorFlow's
+    ExponentialMovingAverage.
+    """
+
+    @torch.no_grad()
+    def update(averaged: _Tensors, current: _Tensors, num_averaged: Tensor | int) -> None:
+        n = int(num_averaged)
+        weight = 1.0 - min(decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(averaged, current, weight)
+
+    return update
+
+
+class BaseModule(pl.LightningModule):
+    """A LightningModule around one injected network.
+
+    - The optimiser and the learning-rate schedule are injected as callables; there is no default.
+    - An exponential moving average of the network only (`ema_network`) serves validation, test, prediction and
+      export. It is part of the state dict, so a resumed run continues it bit-equal. Parameters are averaged,
+      buffers (BatchNorm statistics) are copied from the network.
+    - Every training batch starts by seeding torch from (seed of the run, number of the batch, rank). What a batch
+      draws (noise, dropout) then depends on nothing that a killed process would take with it.
+    - A loss that is not finite stops the run before the weights are touched.
+
+    Args:
+        network: The network that is trained.
+        optimizer: Called with parameter groups, returns the optimiser; needed for fit only.
+        lr_scheduler: Called with the optimiser; stepped after every optimiser step (ReduceLROnPlateau: every epoch).
+        ema_decay: Decay of the moving average in optimiser steps, in [0, 1); 0 switches it off.
+        trunk_lr_scale: Learning rate of everything but the last layer, relative to the last layer's; positive.
+
+    Raises:
+        ValueError: `ema_decay` or `trunk_lr_scale` is out of range.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        ema_decay: float = 0.9999,
+        trunk_lr_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= ema_decay < 1.0:
+            msg = f"Expected `ema_decay` in [0, 1), got {ema_decay}; use 0 to train without a moving average."
+            raise ValueError(msg)
+        if trunk_lr_scale <= 0.0:
+            msg = (
+                f"Expected a positive `trunk_lr_scale`, got {trunk_lr_scale}; to freeze the trunk use the callback "
+                "StageTransition."
+            )
+            raise ValueError(msg)
+        self.network = network
+        self.ema = (
+            AveragedModel(network, multi_avg_fn=_ema_update(ema_decay)) if ema_decay > 0 else None
+        )  # deep-copies, so it is built before anything is wrapped or compiled
+        if self.ema is not None:
+            self.ema.requires_grad_(False)
+        self.trunk_lr_scale = trunk_lr_scale
+        self._make_optimizer = optimizer
+        self._make_lr_scheduler = lr_scheduler
+        self._run_seed: int | None = None
+
+    @property
+    def ema_network(self) -> nn.Module:
+        """The averaged network in evaluation mode, or the trained one when the average is switched off."""
+        return self.network if self.ema is None else self.ema.module.eval()
+
+    def reset_ema(self) -> None:
+        """Start the moving average again from the network as it is now."""
+        if self.ema is not None:
+            self.ema.module.load_state_dict(self.network.state_dict())
+            self.ema.n_averaged.zero_()
+
+    def trunk_parameters(self) -> Iterator[nn.Parameter]:
+        """All trained parameters but the last layer's.
+
+        Raises:
+            TypeError: The network cannot tell its last layer from the rest.
+        """
+        return self._split_network().trunk_parameters()
+
+    def _split_network(self) -> HasTrunkAndHead:
+        if isinstance(self.network, HasTrunkAndHead):
+            return self.network
+        head = getattr(self.network, "segmentation_head", None)
+        if isinstance(head, nn.Module):
+            return _SplitByHead(self.network, head)
+        msg = (
+            f"`trunk_lr_scale` and StageTransition need a `network` with trunk_parameters() and head_parameters() "
+            f"(ADMUNet) or a segmentation_head (segmentation_models_pytorch), got {type(self.network).__name__}; "
+            "add the two methods or train all layers alike."
+        )
+        raise TypeError(msg)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the injected optimiser over (trunk, head), the trunk with its own learning rate if asked."""
+        if self._make_optimizer is None:
+            msg = (
+                "Expected an `optimizer` for fit, got None; give model.init_args.optimizer.class_path in the config "
+                "or optimizer=partial(torch.optim.AdamW, lr=...) in Python."
+            )
+            raise ValueError(msg)
+        if self.trunk_lr_scale == 1.0:
+            optimizer = self._make_optimizer(self.network.parameters())
+        else:
+            split = self._split_network()
+            groups = [{"params": list(split.trunk_parameters())}, {"params": list(split.head_parameters())}]
+            optimizer = self._make_optimizer(groups)
+            optimizer.param_groups[0]["lr"] *= self.trunk_lr_scale
+        if self._make_lr_scheduler is None:
+            return optimizer
+        scheduler = self._make_lr_scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            config |= {"interval": "epoch", "monitor": getattr(scheduler, "monitor", "val_loss")}
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]  # a TypedDict of Lightning
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, then average: here and not at the batch's end, where a step-wise checkpoint is already written."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+
+    def on_fit_start(self) -> None:
+        """Fix the seed of the run (seed_everything's, or the one a checkpoint brought along)."""
+        if self._run_seed is None:
+            self._run_seed = torch.initial_seed() % 2**63
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        """Make the randomness of this batch a function of (run, batch number, rank)."""
+        number = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        entropy = (self._run_seed or 0, number, self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed of the run."""
+        checkpoint["run_seed"] = self._run_seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the seed of the run."""
+        self._run_seed = checkpoint.get("run_seed")
+
+    def require_finite(self, loss: Tensor, **terms: Tensor) -> Tensor:
+        """Return the loss if it is finite.
+
+        Args:
+            loss: The scalar loss of a training batch.
+            terms: Its parts, named in the error.
+
+        Raises:
+            FloatingPointError: The loss is NaN or infinite.
+        """
+        if not bool(torch.isfinite(loss)):
+            parts = ", ".join(f"{name} = {value.item():.4g}" for name, value in terms.items())
+            msg = (
+                f"Expected a finite training loss, got {loss.item()} at step {self.global_step} ({parts}). The last "
+                "checkpoint is from before this step. Lower the learning rate, clip gradients "
+                "(trainer.gradient_clip_val), use precision bf16-mixed or 32-true instead of 16-mixed, and check "
+                "the images for NaN."
+            )
+            raise FloatingPointError(msg)
+        return loss
+
+    def say(self, message: str) -> None:
+        """Tell the user something once, from rank zero."""
+        rank_zero_info(message)
+
+
+class _SplitByHead:
+    """Trunk and head of a segmentation_models_pytorch model."""
+
+    def __init__(self, network: nn.Module, head: nn.Module) -> None:
+        self._network, self._head = network, head
+
+    def trunk_parameters(self) -> Iterator[nn.Parameter]:
+        head = {id(p) for p in self._head.parameters()}
+        return (p for p in self._network.parameters() if id(p) not in head)
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        return self._head.parameters()

@@ -1,0 +1,137 @@
+"""Read checkpoints without running what is in them, and say clearly what is wrong with one that does not fit."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def load_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
+    """Read a Lightning checkpoint with `weights_only=True`: tensors and plain values, never code.
+
+    Args:
+        path: The file.
+        argument: The name of the argument that holds the path, for the error.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a checkpoint, is truncated, or holds objects that only unpickling could restore.
+    """
+    file = Path(path)
+    if not file.is_file():
+        msg = (
+            f"Expected `{argument}` to be a checkpoint file, but there is none at {file} (looked in {Path.cwd()}); "
+            "run the fit that writes it first, or give the path of an existing one."
+        )
+        raise FileNotFoundError(msg)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises whatever its zip reader and unpickler raise; all mean "not readable"
+        msg = (
+            f"Expected `{argument}` to be a checkpoint written by a fit (tensors and plain values), but {file} "
+            f"cannot be read as one: {type(error).__name__}; give a .ckpt file that was written completely."
+        )
+        raise ValueError(msg) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        msg = (
+            f"Expected `{argument}` to be a Lightning checkpoint with a `state_dict`, got {type(checkpoint).__name__}"
+            f" without one in {file}; give a .ckpt file written by `lightning fit`."
+        )
+        raise ValueError(msg)
+    return checkpoint
+
+
+def network_weights(checkpoint: dict[str, Any], path: str | Path, argument: str) -> tuple[dict[str, Tensor], str]:
+    """Take the network's weights out of a checkpoint: the averaged ones where there are any.
+
+    Args:
+        checkpoint: What `load_checkpoint` returned.
+        path: Where it came from, for the error.
+        argument: The name of the argument that holds the path, for the error.
+
+    Returns:
+        The weights without prefix, and which they are: "EMA" or "last".
+
+    Raises:
+        ValueError: The checkpoint holds no network.
+    """
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    for prefix, kind in (("ema.module.", "EMA"), ("network.", "last")):
+        weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if weights:
+            return weights, kind
+    msg = (
+        f"Expected `{argument}` to hold weights named network.* or ema.module.*, but {path} has only "
+        f"{sorted(state)[:3]}...; give a checkpoint written by a module of this collection."
+    )
+    raise ValueError(msg)
+
+
+def head_name(network: nn.Module) -> str:
+    """The dotted name of a network's last layer: its `head` (ADMUNet) or `segmentation_head` (smp).
+
+    Raises:
+        TypeError: The network has neither.
+    """
+    head = getattr(network, "head", None) or getattr(network, "segmentation_head", None)
+    for name, module in network.named_modules():
+        if module is head:
+            return str(name)
+    msg = (
+        f"Expected a `network` whose last layer is its attribute `head` or `segmentation_head`, got "
+        f"{type(network).__name__}; add a property `head` that returns the layer."
+    )
+    raise TypeError(msg)
+
+
+def load_trunk_and_head(
+    network: nn.Module, weights: dict[str, Tensor], head: str, keep: int, path: str | Path
+) -> str | None:
+    """Copy weights into a network; where the last layers differ in size, only their first `keep` outputs are.
+
+    Args:
+        network: Takes the weights.
+        weights: Names and tensors as in the network's state dict.
+        head: Dotted name of the last layer in the network.
+        keep: Leading output channels (the image's) that mean the same in both.
+        path: Where the weights came from, for the error.
+
+    Returns:
+        None when everything was copied, else what became of the last layer.
+
+    Raises:
+        ValueError: Anything but the last layer differs.
+    """
+    own = network.state_dict()
+    wrong = [n for n in own if n not in weights] + [n for n in weights if n not in own]
+    wrong += [n for n, value in weights.items() if n in own and value.shape != own[n].shape]
+    in_trunk = [n for n in wrong if not (n.startswith(f"{head}.") and n in own and n in weights)]
+    if in_trunk:
+        shown = ", ".join(f"{n} {_shape(weights, n)} -> {_shape(own, n)}" for n in in_trunk[:3])
+        msg = (
+            f"Expected `init_from` to hold the same network apart from its last layer, but {len(in_trunk)} tensors of "
+            f"{path} differ: {shown}; give `network` the arguments that the checkpoint was trained with."
+        )
+        raise ValueError(msg)
+    taken = dict(weights)
+    for name in wrong:
+        rows = min(keep, len(weights[name]), len(own[name]))
+        taken[name] = torch.cat([weights[name][:rows].to(own[name]), own[name][rows:]])
+    network.load_state_dict(taken)
+    if not wrong:
+        return None
+    old, new = len(weights[wrong[0]]), len(own[wrong[0]])
+    return f"replaced, {old} -> {new} output channels, the first {min(keep, old, new)} (image) kept"
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> str:
+    return str(tuple(tensors[name].shape)) if name in tensors else "absent"
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        digest: str = hashlib.file_digest(file, "sha256").hexdigest()
+    return digest

@@ -1,0 +1,360 @@
+"""Noise processes: which noise a network sees, and how its output becomes an estimate of the clean image.
+
+Every process here speaks the variance-exploding coordinates of Karras et al., "Elucidating the Design Space
+of Diffusion-Based Generative Models" (arXiv 2206.00364): x_sigma = x + sigma * eps with x in [-1, 1] and
+eps ~ N(0, I). A denoiser is then, whatever the process (equation 7 there),
+
+    D(x_sigma; sigma) = c_skip(sigma) * x_sigma + c_out(sigma) * F(c_in(sigma) * x_sigma, c_noise(sigma)),
+
+and a variance-preserving x_t = sqrt(abar_t) * x + sqrt(1 - abar_t) * eps is the same image in other units:
+x_t = c_in * x_sigma with sigma = sqrt((1 - abar_t) / abar_t).
+
+Time 0 means sigma = 0: the clean image itself, exactly, in training, fine-tuning and prediction. This is one
+convention for all processes, and neither of the common ones (the first DDPM step has sigma = 0.01, EDM
+starts at sigma_min = 0.002):
+
+- `VPProcess` prepends t = 0 with abar = 1 to the usual table, so the steps of the table are t = 1, ..., T.
+- `EDMProcess` takes the limit of its coefficients: c_skip = 1 and c_out = 0, so the image passes unchanged;
+  the network is told the smallest noise it knows, c_noise = ln(sigma_min) / 4; the image weight, which
+  grows without bound as sigma falls, is 0, since nothing is left to denoise.
+
+A network's other outputs (a mask) are read off F directly and are defined at every sigma, 0 included.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class NoiseProcess(nn.Module, ABC):
+    """Noise levels in training and the coefficients of the denoiser that goes with them.
+
+    All coefficients take sigmas of any shape and return float32 tensors of that shape; arithmetic is in
+    float64. There is no state: nothing to save, and casting a model to 16 bits does not touch the tables.
+
+    Attributes:
+        sigma_min: Smallest positive noise level of the process.
+        sigma_max: Largest noise level of the process.
+        clean_share: See Args.
+
+    Args:
+        sigma_min: Smallest positive noise level.
+        sigma_max: Largest noise level.
+        clean_share: Probability that `sample_sigma` returns a clean image's sigma = 0, on top of what the
+            process itself draws.
+
+    Raises:
+        ValueError: If not 0 < sigma_min < sigma_max, or if `clean_share` is not a probability.
+    """
+
+    def __init__(self, sigma_min: float, sigma_max: float, clean_share: float = 0.0) -> None:
+        """Check and keep what all processes share."""
+        super().__init__()
+        if not 0 < sigma_min < sigma_max < float("inf"):
+            msg = (
+                f"Expected 0 < `sigma_min` < `sigma_max`, got {sigma_min} and {sigma_max}. "
+                f"The clean image, sigma = 0, belongs to every process anyway."
+            )
+            raise ValueError(msg)
+        if not 0 <= clean_share <= 1:
+            msg = f"Expected `clean_share` to be a probability in [0, 1], got {clean_share}."
+            raise ValueError(msg)
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.clean_share = clean_share
+
+    @abstractmethod
+    def c_skip(self, sigma: Tensor) -> Tensor:
+        """Weight of the noisy image in the denoised one."""
+
+    @abstractmethod
+    def c_out(self, sigma: Tensor) -> Tensor:
+        """Weight of the network's image output in the denoised image."""
+
+    @abstractmethod
+    def c_in(self, sigma: Tensor) -> Tensor:
+        """Scale of the noisy image on its way into the network."""
+
+    @abstractmethod
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """Number that tells the network the noise level."""
+
+    @abstractmethod
+    def image_weight(self, sigma: Tensor) -> Tensor:
+        """Weight of a sample's squared image error in the training loss."""
+
+    @abstractmethod
+    def level(self, sigma: Tensor) -> Tensor:
+        """Map noise levels to [0, 1], increasing: 0 is the clean image, 1 is `sigma_max` and above."""
+
+    @abstractmethod
+    def sigma_at(self, level: Tensor | float) -> Tensor:
+        """Invert `level`.
+
+        Args:
+            level: Levels in [0, 1]; values outside are clipped. A number gives a 0-dimensional tensor.
+
+        Returns:
+            The noise levels, exactly 0 at level 0.
+        """
+
+    @abstractmethod
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Noise levels of a sampler.
+
+        Args:
+            num_steps: Steps of the sampler, at least 1.
+
+        Returns:
+            num_steps + 1 decreasing levels, from `sigma_max` to exactly 0.
+        """
+
+    @abstractmethod
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Draw n float64 sigmas from the process alone, without `clean_share`."""
+
+    def sample_sigma(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw the noise levels of a training batch.
+
+        Args:
+            n: Number of levels.
+            generator: Source of randomness, torch's global one by default. The draws are made on its
+                device, so a CPU generator gives the same levels whatever `device` is.
+            device: Where to put the result; by default where the draws are made.
+
+        Returns:
+            Float32 levels, [n].
+        """
+        at = generator.device if generator is not None else torch.device(device or "cpu")
+        sigma = self._draw(n, generator, at)
+        # Drawn at any share, so that the share does not shift the stream of the generator.
+        clean = torch.rand(n, generator=generator, device=at) < self.clean_share
+        return torch.where(clean, 0.0, sigma).to(device=device or at, dtype=torch.float32)
+
+
+class VPProcess(NoiseProcess):
+    """The variance-preserving process of DDPM, predicting the clean image (x0).
+
+    Times t = 0, 1, ..., T with abar_0 = 1 and abar_t = (1 - beta_1) ... (1 - beta_t); in training t is
+    uniform on all T + 1 of them. Between the table's times, sigma is linear in t.
+
+    Sources: Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239), equation 4; the cosine
+    schedule is equation 17 of Nichol and Dhariwal (arXiv 2102.09672).
+
+    Args:
+        schedule: `linear` raises beta from 1e-4 to 0.02 (for 1000 steps; scaled by 1000 / num_steps
+            otherwise), `cosine` lets abar fall as a squared cosine.
+        num_steps: T.
+        clean_share: Probability of a clean image in training, on top of the 1 / (T + 1) of the process
+            itself.
+
+    Raises:
+        ValueError: If there are too few steps for the schedule, or if `clean_share` is not a probability.
+    """
+
+    def __init__(
+        self,
+        schedule: Literal["linear", "cosine"] = "linear",
+        num_steps: int = 1000,
+        clean_share: float = 0.0,
+    ) -> None:
+        """Tabulate the noise levels."""
+        abar = _abar_table(schedule, num_steps)
+        table = ((1 - abar) / abar).sqrt()
+        super().__init__(float(table[1]), float(table[-1]), clean_share)
+        self.schedule = schedule
+        self.num_steps = num_steps
+        # Not a buffer: `.half()` and its kin would round the table, and a checkpoint has no use for it.
+        self._tables = {torch.device("cpu"): table}
+
+    def _table(self, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            table = self._tables[torch.device("cpu")]
+            self._tables[device] = table.to(device=device, dtype=_wide_dtype(device))
+        return self._tables[device]
+
+    def c_skip(self, sigma: Tensor) -> Tensor:
+        """Return 0: the network's output is the image."""
+        return torch.zeros_like(sigma, dtype=torch.float32)
+
+    def c_out(self, sigma: Tensor) -> Tensor:
+        """Return 1: the network's output is the image."""
+        return torch.ones_like(sigma, dtype=torch.float32)
+
+    def c_in(self, sigma: Tensor) -> Tensor:
+        """Return sqrt(abar) = 1 / sqrt(1 + sigma^2)."""
+        return (1 + _wide(sigma) ** 2).rsqrt().float()
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """Return the time t in [0, T], a fraction between the times of the table; T above `sigma_max`."""
+        table = self._table(sigma.device)
+        sigma = _wide(sigma).contiguous()
+        above = torch.searchsorted(table, sigma).clamp(1, self.num_steps)
+        low, high = table[above - 1], table[above]
+        return (above - 1 + (sigma - low) / (high - low)).clamp(0, self.num_steps).float()
+
+    def image_weight(self, sigma: Tensor) -> Tensor:
+        """Return 1: the loss is the plain squared error of the image at every noise level."""
+        return torch.ones_like(sigma, dtype=torch.float32)
+
+    def level(self, sigma: Tensor) -> Tensor:
+        """Return t / T."""
+        return self.c_noise(sigma) / self.num_steps
+
+    def sigma_at(self, level: Tensor | float) -> Tensor:
+        """Return sigma at t = level * T."""
+        return self._sigma_at_time(_wide(torch.as_tensor(level)) * self.num_steps).float()
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Return sigma at equally spaced times from T to 0."""
+        _check_steps(num_steps)
+        return self._sigma_at_time(
+            torch.linspace(self.num_steps, 0, num_steps + 1, dtype=torch.float64, device="cpu")
+        ).float()
+
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        t = torch.randint(self.num_steps + 1, (n,), generator=generator, device=device)
+        return self._table(device)[t]
+
+    def _sigma_at_time(self, t: Tensor) -> Tensor:
+        table = self._table(t.device)
+        t = t.clamp(0, self.num_steps)
+        below = t.floor().long().clamp(max=self.num_steps - 1)
+        return torch.lerp(table[below], table[below + 1], t - below)
+
+
+class EDMProcess(NoiseProcess):
+    """The variance-exploding process and the preconditioning of EDM (arXiv 2206.00364, table 1, last column).
+
+    In training ln(sigma) ~ N(p_mean, p_std^2). The network sees images of unit variance, its image output F
+    has a target of unit variance, and `image_weight` makes its squared error count the same at every noise
+    level. At sigma = 0 see the convention at the top of this module.
+
+    Args:
+        sigma_data: Standard deviation of the images, in [-1, 1] units.
+        sigma_min: Smallest positive noise level, for sampling; below it c_noise no longer changes.
+        sigma_max: Largest noise level, for sampling.
+        p_mean: Mean of ln(sigma) in training.
+        p_std: Standard deviation of ln(sigma) in training.
+        rho: Exponent that spaces the steps of `sigmas` (equation 5 there) and `level`: larger values spend
+            more of them on little noise.
+        clean_share: Probability of a clean image in training; the process itself never draws one.
+
+    Raises:
+        ValueError: If a noise level or a scale is not positive, or if `clean_share` is not a probability.
+    """
+
+    def __init__(
+        self,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        p_mean: float = -1.2,
+        p_std: float = 1.2,
+        rho: float = 7.0,
+        clean_share: float = 0.0,
+    ) -> None:
+        """Check and keep the constants."""
+        super().__init__(sigma_min, sigma_max, clean_share)
+        for name, scale in (("sigma_data", sigma_data), ("p_std", p_std), ("rho", rho)):
+            if not 0 < scale < float("inf"):
+                msg = f"Expected `{name}` to be a positive number, got {scale}."
+                raise ValueError(msg)
+        self.sigma_data = sigma_data
+        self.p_mean = p_mean
+        self.p_std = p_std
+        self.rho = rho
+
+    def c_skip(self, sigma: Tensor) -> Tensor:
+        """Return sigma_data^2 / (sigma^2 + sigma_data^2)."""
+        return (self.sigma_data**2 / self._variance(sigma)).float()
+
+    def c_out(self, sigma: Tensor) -> Tensor:
+        """Return sigma * sigma_data / sqrt(sigma^2 + sigma_data^2)."""
+        return (_wide(sigma) * self.sigma_data * self._variance(sigma).rsqrt()).float()
+
+    def c_in(self, sigma: Tensor) -> Tensor:
+        """Return 1 / sqrt(sigma^2 + sigma_data^2)."""
+        return self._variance(sigma).rsqrt().float()
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """Return ln(max(sigma, sigma_min)) / 4."""
+        return (_wide(sigma).clamp(min=self.sigma_min).log() / 4).float()
+
+    def image_weight(self, sigma: Tensor) -> Tensor:
+        """Return 1 / c_out^2 = (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2, and 0 at sigma = 0."""
+        wide = _wide(sigma)
+        noisy = wide > 0
+        # Masked before the division, not after: an infinity would come back as NaN in the gradient.
+        product = torch.where(noisy, wide * self.sigma_data, 1.0)
+        return torch.where(noisy, self._variance(sigma) / product**2, 0.0).float()
+
+    def level(self, sigma: Tensor) -> Tensor:
+        """Return (sigma / sigma_max)^(1 / rho)."""
+        return (_wide(sigma) / self.sigma_max).clamp(0, 1).pow(1 / self.rho).float()
+
+    def sigma_at(self, level: Tensor | float) -> Tensor:
+        """Return sigma_max * level^rho."""
+        return (self.sigma_max * _wide(torch.as_tensor(level)).clamp(0, 1).pow(self.rho)).float()
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Return the steps of equation 5, from sigma_max over sigma_min to 0."""
+        _check_steps(num_steps)
+        ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64, device="cpu")
+        start, end = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        positive = (start + ramp * (end - start)) ** self.rho
+        return torch.cat([positive, positive.new_zeros(1)]).float()
+
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        normal = torch.randn(n, generator=generator, device=device, dtype=_wide_dtype(device))
+        return (self.p_mean + self.p_std * normal).exp()
+
+    def _variance(self, sigma: Tensor) -> Tensor:
+        return _wide(sigma) ** 2 + self.sigma_data**2
+
+
+def _wide_dtype(device: torch.device) -> torch.dtype:
+    # Apple's GPUs have no float64.
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_wide_dtype(x.device))
+
+
+def _check_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        msg = f"Expected `num_steps` to be at least 1, got {num_steps}."
+        raise ValueError(msg)
+
+
+def _abar_table(schedule: Literal["linear", "cosine"], num_steps: int) -> Tensor:
+    """Return abar at t = 0, ..., num_steps in float64, 1 first."""
+    _check_steps(num_steps)
+    match schedule:
+        case "linear":
+            scale = 1000 / num_steps
+            beta = torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64, device="cpu")
+        case "cosine":
+            s = 0.008
+            t = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64, device="cpu")
+            falling = torch.cos((t + s) / (1 + s) * torch.pi / 2) ** 2
+            # The last ratio is 0, which would leave nothing of the image.
+            beta = (1 - falling[1:] / falling[:-1]).clamp(max=0.999)
+        case _:
+            msg = f"Expected `schedule` to be 'linear' or 'cosine', got {schedule!r}."
+            raise ValueError(msg)
+    if bool((beta >= 1).any()):
+        msg = (
+            f"Expected `num_steps` above 20 for the linear schedule, got {num_steps}: it would remove more "
+            f"than the whole image in one step. Use more steps here and fewer in the sampler (`sigmas`)."
+        )
+        raise ValueError(msg)
+    return torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), torch.cumprod(1 - beta, 0)])

@@ -1,0 +1,369 @@
+"""HybridSegmentation: one UNet that denoises an image and predicts its mask."""
+
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F  # the name everybody reads
+from torchmetrics import ClasswiseWrapper, MeanMetric, MetricCollection
+
+from lightning_modules.base import BaseModule
+from lightning_modules.checkpoints import head_name, load_checkpoint, load_trunk_and_head, network_weights
+from lightning_modules.diffusion.denoisers import JointDenoiser, takes_time
+from lightning_modules.diffusion.noise import NoiseProcess, VPProcess
+from lightning_modules.mask_losses import MaskLoss, mask_loss_per_image, mask_probabilities
+from lightning_modules.metrics.binned_mean import BinnedMean
+from lightning_modules.metrics.segmentation import MeanDice, MeanJaccard, PooledJaccard
+
+Objective = Literal["hybrid", "supervised", "generative"]
+_Terms = tuple[Tensor | None, Tensor | None]
+
+
+class HybridSegmentation(BaseModule):
+    r"""One network F(x_t, t) -> (image, mask), a denoiser and a segmenter at once (Sauvalle & Salzmann, 2024).
+
+    The hybrid objective is (arXiv 2408.03433)
+
+        L = E_{(x, y), t, eps} [ ||x - x_hat(x_t, t)||^2 + mask_weight * ||y - y_hat(x_t, t)||^2 ],
+
+    x the image in [-1, 1], y its one-hot mask in {0, 1}, x_t the noisy image. Both squared norms are means here:
+    over channels and pixels of each image (the mask's over its labelled pixels), then over the batch. With sums
+    instead of means the equivalent weight is `mask_weight` * 3 / num_classes. All terms are computed in float32,
+    also under mixed precision: at the paper's weight of 1e-4 the mask's gradients would underflow in float16.
+
+    t = 0 is the clean image, sigma exactly 0, in training, fine-tuning and prediction alike (see
+    lightning_modules.diffusion.noise): a segmentation is F(image, t = 0).
+
+    Objectives over the same network:
+
+    - `hybrid`: the loss above. The network has 3 + num_classes output channels.
+    - `generative`: its image term alone. Same channels; the mask's get no gradient.
+    - `supervised`: the mask term alone, on clean images at t = 0. Same channels, or num_classes of them; any
+      segmentation_models_pytorch model will do. With `init_from` this is fine-tuning.
+
+    Args:
+        network: Called as network(x, t) -> [B, channels, H, W], or network(x) under `supervised`. Image channels
+            come first, mask channels last.
+        num_classes: Mask classes including the background, class 0; the CLI takes it from the data.
+        objective: What is trained, see above.
+        process: Noise process; None is VPProcess().
+        mask_weight: Weight of the mask term under `hybrid`; the paper's is 1e-4.
+        mask_loss: Loss on the mask channels; None is mse under `hybrid` (the channels then estimate class
+            probabilities) and ce under `supervised` (the channels are logits). `dice_ce` is the sum of both.
+        init_from: Checkpoint whose network, EMA weights where it has them, fit starts from. A last layer of another
+            size is replaced by a new one, its image channels kept.
+        optimizer: Called with parameter groups, returns the optimiser.
+        lr_scheduler: Called with the optimiser; stepped after every optimiser step.
+        trunk_lr_scale: Learning rate of everything but the last layer, relative to the last layer's.
+        ema_decay: Decay of the moving average of the weights per optimiser step; 0 switches it off.
+        image_channels: Channels of the images.
+        num_level_bins: The losses are logged for clean images and for this many bins of the noise level.
+
+    Raises:
+        ValueError: An argument is out of range, or the network's channels do not fit the objective.
+
+    Example:
+        >>> from lightning_modules import ADMUNet, HybridSegmentation
+        >>> model = HybridSegmentation(ADMUNet.small(out_channels=5), num_classes=2)
+        >>> model.segment(torch.rand(1, 3, 32, 32)).shape
+        torch.Size([1, 2, 32, 32])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        objective: Objective = "hybrid",
+        process: NoiseProcess | None = None,
+        mask_weight: float = 1e-4,
+        mask_loss: MaskLoss | None = None,
+        init_from: str | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        trunk_lr_scale: float = 1.0,
+        ema_decay: float = 0.9999,
+        image_channels: int = 3,
+        num_level_bins: int = 4,
+    ) -> None:
+        super().__init__(network, optimizer, lr_scheduler, ema_decay, trunk_lr_scale)
+        self.save_hyperparameters(ignore=["network", "process", "optimizer", "lr_scheduler"])
+        if num_classes < 2:
+            msg = f"Expected `num_classes` >= 2 (background included), got {num_classes}; one lesion class makes 2."
+            raise ValueError(msg)
+        if mask_weight < 0:
+            msg = f"Expected `mask_weight` >= 0, got {mask_weight}; the paper's value is 1e-4."
+            raise ValueError(msg)
+        if num_level_bins < 1:
+            msg = f"Expected `num_level_bins` >= 1, got {num_level_bins}; 4 is the default."
+            raise ValueError(msg)
+        self.num_classes = num_classes
+        self.objective: Objective = objective
+        self.process = VPProcess() if process is None else process
+        self.mask_weight = mask_weight
+        self.mask_loss: MaskLoss = mask_loss or ("ce" if objective == "supervised" else "mse")
+        self.image_channels = image_channels
+        self.num_level_bins = num_level_bins
+        self.init_from = init_from
+        self._require_fitting_network()
+        self._build_metrics()
+
+    def _require_fitting_network(self) -> None:
+        """Compare the objective with what the network declares; `_outputs` compares with what it returns."""
+        if self.objective != "supervised" and not takes_time(self.network):
+            msg = (
+                f"Expected a `network` called as network(x, t) for objective {self.objective!r}, got "
+                f"{type(self.network).__name__} without a time input; use ADMUNet, or objective 'supervised'."
+            )
+            raise ValueError(msg)
+        channels = getattr(self.network, "out_channels", None)
+        if isinstance(channels, int):
+            self._require_channels(channels)
+
+    def _require_channels(self, channels: int) -> None:
+        both = self.image_channels + self.num_classes
+        allowed = {both, self.num_classes} if self.objective == "supervised" else {both}
+        if channels not in allowed:
+            msg = (
+                f"Expected a `network` with {' or '.join(map(str, sorted(allowed, reverse=True)))} output channels for "
+                f"objective {self.objective!r} with {self.image_channels} image channels and {self.num_classes} "
+                f"classes, got {channels}; set the network's out_channels (smp: classes)."
+            )
+            raise ValueError(msg)
+
+    def _build_metrics(self) -> None:
+        labels = [f"class_{k}" for k in range(self.num_classes)]
+        metrics = MetricCollection(
+            {
+                "jaccard": MeanJaccard(self.num_classes),
+                "jaccard_isic2018": MeanJaccard(self.num_classes, threshold=0.65),
+                "dice": MeanDice(self.num_classes),
+                "miou": PooledJaccard(self.num_classes),
+                "iou": ClasswiseWrapper(PooledJaccard(self.num_classes, average="none"), labels=labels, prefix="iou_"),
+            },
+            compute_groups=False,
+        )
+        self.val_metrics = metrics.clone(prefix="val_")
+        self.test_metrics = metrics.clone(prefix="test_")
+        self.val_losses = MetricCollection({"image": MeanMetric(), "mask": MeanMetric()})
+        self.test_losses = self.val_losses.clone()
+        # One bin for clean images, then equal bins of the noise level.
+        self.image_by_level = BinnedMean(self.num_level_bins + 1)
+        self.mask_by_level = BinnedMean(self.num_level_bins + 1)
+
+    # ---------------------------------------------------------------- the network
+
+    def _outputs(self, network: nn.Module, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Denoised image in [-1, 1] units and raw mask channels, both float32."""
+        denoiser = JointDenoiser(network, self.process, self._image_outputs(network))
+        image, mask = denoiser.joint(x, sigma)
+        if mask.shape[1] != self.num_classes:
+            self._require_channels(image.shape[1] + mask.shape[1])
+        return image.float(), mask.float()
+
+    def _image_outputs(self, network: nn.Module) -> int:
+        """How many of the network's channels are the image: none for a plain segmenter."""
+        if not takes_time(network):
+            return 0
+        channels = getattr(network, "out_channels", None)
+        return 0 if channels == self.num_classes else self.image_channels
+
+    def segment(self, image: Tensor) -> Tensor:
+        """Class probabilities of clean images, from the EMA network at t = 0.
+
+        Args:
+            image: [B, C, H, W] in [0, 1].
+
+        Returns:
+            [B, num_classes, H, W], non-negative, summing to 1 over the classes.
+        """
+        x = 2.0 * image - 1.0
+        _, mask = self._outputs(self.ema_network, x, x.new_zeros(len(x)))
+        return mask_probabilities(mask, self.mask_loss)
+
+    def denoise(
+        self, image: Tensor, level: float, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add noise of a level to images and take it out again with the EMA network.
+
+        Args:
+            image: [B, C, H, W] in [0, 1].
+            level: Noise level in [0, 1]; 0 is t = 0, 1 the end of the process.
+            generator: Source of the noise, on the CPU.
+
+        Returns:
+            Noisy image as the network sees it, clipped to [0, 1]; denoised image in [0, 1]; class probabilities.
+
+        Raises:
+            ValueError: The network has no image output.
+        """
+        if not takes_time(self.network):
+            msg = f"Expected a `network` that denoises, got {type(self.network).__name__}; use ADMUNet."
+            raise ValueError(msg)
+        x = 2.0 * image - 1.0
+        eps = torch.randn(x.shape, generator=generator).to(x)
+        sigma = self.process.sigma_at(torch.full((len(x),), level)).to(x)
+        noisy = x + sigma.view(-1, 1, 1, 1) * eps
+        denoised, mask = self._outputs(self.ema_network, noisy, sigma)
+        seen = noisy / (1.0 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()
+        probabilities = mask_probabilities(mask, self.mask_loss)
+        return (seen.clamp(-1, 1) + 1) / 2, (denoised.clamp(-1, 1) + 1) / 2, probabilities
+
+    # ---------------------------------------------------------------- training
+
+    def setup(self, stage: str) -> None:
+        """Start a new fit from `init_from`; a resumed one gets its weights from its own checkpoint."""
+        if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
+            self.load_network(self.init_from)
+
+    def load_network(self, path: str) -> None:
+        """Take the network over from a checkpoint: EMA weights where there are any, else the last ones.
+
+        Args:
+            path: Checkpoint of a module of this collection with the same network. A last layer of another size is
+                not taken: this module's own stays, with the image channels copied where both have them.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is not a checkpoint, or the networks differ in more than the last layer.
+        """
+        checkpoint = load_checkpoint(path, "init_from")
+        weights, kind = network_weights(checkpoint, path, "init_from")
+        head = head_name(self.network)
+        theirs = checkpoint.get("hyper_parameters", {}).get("num_classes", self.num_classes)
+        outputs = next((len(value) for name, value in weights.items() if name.startswith(f"{head}.")), 0)
+        keep = max(0, min(self._image_outputs(self.network), outputs - theirs))
+        replaced = load_trunk_and_head(self.network, weights, head, keep, path)
+        self.reset_ema()
+        self.say(f"init_from: {kind} weights of {path}; last layer {head}: {replaced or 'taken over as it is'}")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint with other classes before torch reports shapes."""
+        super().on_load_checkpoint(checkpoint)
+        theirs = checkpoint.get("hyper_parameters", {}).get("num_classes", self.num_classes)
+        if theirs != self.num_classes:
+            msg = (
+                f"Expected a checkpoint with `num_classes` = {self.num_classes}, got one with {theirs}; to start from "
+                "it with other classes, pass it as model.init_args.init_from, which replaces the last layer."
+            )
+            raise ValueError(msg)
+
+    def _terms(self, network: nn.Module, batch: dict[str, Tensor], sigma: Tensor, eps: Tensor | None) -> _Terms:
+        """The loss terms of each image of a batch at given noise levels; None is no noise."""
+        x = 2.0 * batch["image"] - 1.0
+        noisy = x if eps is None else x + sigma.view(-1, 1, 1, 1) * eps
+        denoised, mask = self._outputs(network, noisy, sigma)
+        image_term = None
+        if self.objective != "supervised":
+            image_term = self.process.image_weight(sigma) * F.mse_loss(denoised, x, reduction="none").mean((1, 2, 3))
+        mask_term = None
+        if self.objective != "generative":
+            mask_term = mask_loss_per_image(mask, batch["mask"], self.mask_loss)
+        return image_term, mask_term
+
+    def _total(self, image_term: Tensor | None, mask_term: Tensor | None) -> Tensor:
+        if image_term is None:
+            if mask_term is None:
+                msg = "a loss without terms"  # unreachable: every objective has one
+                raise RuntimeError(msg)
+            return mask_term
+        return image_term if mask_term is None else image_term + self.mask_weight * mask_term
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss of the objective on a batch of image [B, C, H, W] and mask [B, H, W]."""
+        image = batch["image"]
+        sigma, eps = image.new_zeros(len(image)), None
+        if self.objective != "supervised":
+            sigma = self.process.sample_sigma(len(image), device=image.device)
+            eps = torch.randn_like(image)
+        image_term, mask_term = self._terms(self.network, batch, sigma, eps)
+        loss = self._total(image_term, mask_term).mean()
+        parts = {}
+        for name, term, by_level in (
+            ("image", image_term, self.image_by_level),
+            ("mask", mask_term, self.mask_by_level),
+        ):
+            if term is not None:
+                parts[f"train_{name}_loss"] = term.detach().mean()
+                by_level.update(term.detach(), self._level_bin(sigma))
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(image))
+        self.log_dict(parts, batch_size=len(image))
+        return self.require_finite(loss, **parts)
+
+    def _level_bin(self, sigma: Tensor) -> Tensor:
+        """0 for clean images, then the number of the equal bin that the noise level falls into."""
+        number = (self.process.level(sigma) * self.num_level_bins).ceil().long()
+        return torch.where(sigma == 0, 0, number.clamp(1, self.num_level_bins))
+
+    def on_train_epoch_end(self) -> None:
+        """Log each loss term by noise level."""
+        n = self.num_level_bins
+        names = ["clean", *(f"level_{k / n:.2f}_to_{(k + 1) / n:.2f}" for k in range(n))]
+        for term, by_level in (("image", self.image_by_level), ("mask", self.mask_by_level)):
+            means = by_level.compute() if by_level.update_called else torch.full((n + 1,), torch.nan)
+            by_level.reset()
+            self.log_dict(
+                {f"train_{term}_loss/{name}": m for name, m in zip(names, means, strict=True) if not m.isnan()}
+            )
+
+    # ---------------------------------------------------------------- evaluation
+
+    def _eval_step(self, batch: dict[str, Tensor], losses: MetricCollection, metrics: MetricCollection) -> None:
+        """Update losses at fixed noise and metrics at t = 0; padding (index -1) counts nowhere."""
+        real = batch["index"] >= 0
+        if not bool(real.any()):
+            return
+        batch = {name: value[real] for name, value in batch.items()}
+        sigma, eps = self._fixed_noise(batch)
+        image_term, mask_term = self._terms(self.ema_network, batch, sigma, eps)
+        for name, term in (("image", image_term), ("mask", mask_term)):
+            if term is not None:
+                losses[name].update(term)
+        if self.objective != "generative":
+            metrics.update(self.segment(batch["image"]).argmax(1), batch["mask"])
+
+    def _fixed_noise(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Noise that depends on each image's index only, so that losses compare between epochs, runs and ranks."""
+        image = batch["image"]
+        if self.objective == "supervised":
+            return image.new_zeros(len(image)), None
+        golden = 0.6180339887498949  # its multiples fill [0, 1) evenly
+        level = torch.frac(golden * (batch["index"].double().cpu() + 1)).float()
+        shape = image.shape[1:]
+        eps = [torch.randn(shape, generator=torch.Generator().manual_seed(int(i))) for i in batch["index"]]
+        return self.process.sigma_at(level).to(image), torch.stack(eps).to(image)
+
+    def _log_eval(self, split: str, losses: MetricCollection, metrics: MetricCollection) -> None:
+        # What is computed depends on the objective alone: a rank that saw only padding must take part as well.
+        image = losses["image"].compute() if self.objective != "supervised" else None
+        mask = losses["mask"].compute() if self.objective != "generative" else None
+        losses.reset()
+        values = {f"{split}_loss": self._total(image, mask)}
+        values |= {f"{split}_{n}_loss": v for n, v in (("image", image), ("mask", mask)) if v is not None}
+        if self.objective != "generative":
+            values |= metrics.compute()
+            metrics.reset()
+        headline = f"{split}_{'loss' if self.objective == 'generative' else 'jaccard'}"
+        self.log(headline, values.pop(headline), prog_bar=True, sync_dist=True)
+        self.log_dict(values, sync_dist=True)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Update the validation metrics."""
+        self._eval_step(batch, self.val_losses, self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_eval("val", self.val_losses, self.val_metrics)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Update the test metrics."""
+        self._eval_step(batch, self.test_losses, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_eval("test", self.test_losses, self.test_metrics)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Segment a batch: probabilities [B, K, H, W], mask [B, H, W] of class ids, index [B]."""
+        probabilities = self.segment(batch["image"])
+        return {"probabilities": probabilities, "mask": probabilities.argmax(1), "index": batch["index"]}

@@ -1,0 +1,323 @@
+"""The ADM UNet as a configuration of diffusers' `UNet2DModel`.
+
+ADM is the network of Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233,
+section 3): residual blocks that also change the resolution, FiLM conditioning on the noise level, multi-head
+attention at the coarse resolutions. diffusers has all of these parts, behind options whose defaults build
+another network; this wrapper sets them, adds the zero initialisation that diffusers leaves out, and checks
+its inputs.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HEAD_GAIN = 0.1
+"""A fresh head draws weights of deviation HEAD_GAIN / sqrt(fan_in): logits near 0, gradients not."""
+
+ADM_OPTIONS: dict[str, Any] = {
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+    "norm_eps": 1e-5,
+    "time_embedding_type": "positional",
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+}
+"""What makes a `UNet2DModel` an ADM UNet, whatever its size."""
+
+
+class ADMUNet(nn.Module):
+    """UNet of ADM: a noisy image and its noise level in, `out_channels` maps of the same size out.
+
+    The defaults are the hybrid-diffusion network (arXiv 2408.03433): 138,288,773 parameters with 5 output
+    channels (3 of the image, 2 of the mask). The maps are returned as one tensor; who trains the network
+    decides what each channel means (in this project image channels come first, mask channels last).
+
+    Attributes:
+        unet: The `UNet2DModel`. Hook its `down_blocks`, `mid_block` and `up_blocks` to read features.
+        in_channels: Number of image channels expected.
+        out_channels: Number of channels returned; changed by `reset_head`.
+        downsample_factor: Height and width must be divisible by it.
+
+    Args:
+        out_channels: Channels of the output: 3 + K for an image and the mask of K classes.
+        in_channels: Channels of the input image. The mask is never an input.
+        image_size: Side in pixels for which `attention_resolutions` is meant. Other sizes run as well;
+            attention then stays at the same levels, not at the same number of pixels.
+        base_channels: Width of the first level, C in the papers.
+        channel_mult: Width of each level in units of `base_channels`, finest level first. Every level after
+            the first halves the resolution.
+        layers_per_block: Residual blocks of a level on the way down; one more on the way up.
+        attention_resolutions: Sides, in pixels at `image_size`, of the levels that get self-attention. The
+            bottleneck always has it.
+        head_channels: Channels of one attention head; the number of heads follows from the width.
+        dropout: Dropout inside the residual blocks: 0.1 in ADM's LSUN models.
+        norm_groups: Groups of every group norm. Must divide every width.
+        zero_init: Start as ADM does: the second convolution of every residual block, every attention output
+            projection and the final convolution are zero. A block then adds nothing to its shortcut, and the
+            network returns exactly 0 until its first step. False keeps PyTorch's initialisation.
+        gradient_checkpointing: Recompute the residual blocks in the backward pass: less memory for about a
+            third more time.
+
+    Raises:
+        ValueError: If a width does not fit `norm_groups` or `head_channels`, if an attention resolution is
+            not the resolution of any level, or if a count is not positive.
+    """
+
+    def __init__(
+        self,
+        out_channels: int = 5,
+        in_channels: int = 3,
+        image_size: int = 256,
+        base_channels: int = 128,
+        channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4),
+        layers_per_block: int = 2,
+        attention_resolutions: tuple[int, ...] = (32, 16, 8),
+        head_channels: int = 64,
+        dropout: float = 0.1,
+        norm_groups: int = 32,
+        zero_init: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """Check the configuration and build the network."""
+        super().__init__()
+        counts = {
+            "out_channels": out_channels,
+            "in_channels": in_channels,
+            "base_channels": base_channels,
+            "layers_per_block": layers_per_block,
+            "head_channels": head_channels,
+            "norm_groups": norm_groups,
+        }
+        _check_positive(counts, channel_mult)
+        attends = _attention_levels(image_size, len(channel_mult), attention_resolutions)
+        widths = tuple(base_channels * multiple for multiple in channel_mult)
+        _check_widths(widths, attends, norm_groups=norm_groups, head_channels=head_channels)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.downsample_factor = 2 ** (len(channel_mult) - 1)
+        # diffusers takes seconds to import; who only reads this signature (`--help`) should not wait for it.
+        from diffusers.models.unets.unet_2d import UNet2DModel
+
+        self.unet = UNet2DModel(
+            sample_size=image_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            layers_per_block=layers_per_block,
+            block_out_channels=widths,
+            attention_head_dim=head_channels,
+            norm_num_groups=norm_groups,
+            # Without it, FiLM conditioning makes diffusers drop the norm of the bottleneck's attention.
+            attn_norm_num_groups=norm_groups,
+            dropout=dropout,
+            **_block_types(attends),
+            **ADM_OPTIONS,
+        )
+        if zero_init:
+            self._zero_last_layers()
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+
+    @classmethod
+    def small(cls, out_channels: int = 5, in_channels: int = 3, dropout: float = 0.0) -> "ADMUNet":
+        """Build the configuration for 32 px images on a CPU.
+
+        It has 847,349 parameters with 5 output channels. Its width is at 8 and 4 px, where convolutions are
+        cheap. The blocks at 32 px have 16 channels, those below them too, because ADM's upsampling block
+        convolves with its own level's width at the resolution above.
+
+        In YAML, write its arguments out:
+
+            class_path: lightning_modules.networks.ADMUNet
+            init_args:
+              out_channels: 5
+              image_size: 32
+              base_channels: 16
+              channel_mult: [1, 1, 2, 4]
+              layers_per_block: 1
+              attention_resolutions: [8, 4]
+              head_channels: 32
+              dropout: 0.0
+              norm_groups: 8
+
+        Args:
+            out_channels: Channels of the output: 3 + K for an image and the mask of K classes.
+            in_channels: Channels of the input image.
+            dropout: Dropout inside the residual blocks; none by default, so small a network hardly overfits.
+
+        Returns:
+            The network, for images whose sides are divisible by 8.
+        """
+        return cls(
+            out_channels=out_channels,
+            in_channels=in_channels,
+            image_size=32,
+            base_channels=16,
+            channel_mult=(1, 1, 2, 4),
+            layers_per_block=1,
+            attention_resolutions=(8, 4),
+            head_channels=32,
+            dropout=dropout,
+            norm_groups=8,
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Run the network.
+
+        Args:
+            x: Images, [B, in_channels, H, W], H and W divisible by `downsample_factor`.
+            t: Conditioning of each image, [B], or one number as a 0-dimensional tensor. Fractions are kept.
+
+        Returns:
+            Maps, [B, out_channels, H, W].
+
+        Raises:
+            ValueError: If a shape does not fit.
+        """
+        self._check_input(x, t)
+        # Not 16-bit: neighbouring steps near 1000 would share one embedding.
+        t = t.to(device=x.device, dtype=torch.float32).expand(x.shape[0])
+        maps: Tensor = self.unet(x, t, return_dict=False)[0]
+        return maps
+
+    @property
+    def head(self) -> nn.Conv2d:
+        """The last convolution, the only layer whose shape depends on `out_channels`."""
+        head: nn.Conv2d = self.unet.conv_out
+        return head
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of `head`."""
+        yield from self.head.parameters()
+
+    def trunk_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield every parameter that is not in `head`."""
+        head = {id(parameter) for parameter in self.head.parameters()}
+        yield from (parameter for parameter in self.parameters() if id(parameter) not in head)
+
+    def reset_head(self, out_channels: int, keep_first: int = 0) -> None:
+        """Replace the last convolution by a fresh one; every other tensor stays as it is.
+
+        The new rows start small but not at zero (see `HEAD_GAIN`), with zero bias. Build the optimiser
+        afterwards: the head's parameters are new objects.
+
+        Args:
+            out_channels: Channels of the new head.
+            keep_first: How many of the first output channels keep their weights: the image channels, when
+                only the number of classes of the mask changes.
+
+        Raises:
+            ValueError: If `out_channels` is not positive, or if `keep_first` exceeds the old or the new head.
+        """
+        most = min(out_channels, self.out_channels)
+        if out_channels < 1:
+            msg = f"Expected `out_channels` to be at least 1, got {out_channels}."
+            raise ValueError(msg)
+        if not 0 <= keep_first <= most:
+            msg = (
+                f"Expected `keep_first` between 0 and {most} to go from {self.out_channels} to "
+                f"{out_channels} channels, got {keep_first}. Keep only channels that both heads have."
+            )
+            raise ValueError(msg)
+        old = self.head
+        new = nn.Conv2d(old.in_channels, out_channels, kernel_size=3, padding=1).to(old.weight)
+        with torch.no_grad():
+            nn.init.normal_(new.weight, std=HEAD_GAIN * new.weight[0].numel() ** -0.5)
+            for name, parameter in new.named_parameters():
+                if name == "bias":
+                    nn.init.zeros_(parameter)
+                parameter[:keep_first] = old.get_parameter(name)[:keep_first]
+        self.unet.conv_out = new.train(old.training)
+        self.unet.register_to_config(out_channels=out_channels)
+        self.out_channels = out_channels
+
+    def _zero_last_layers(self) -> None:
+        from diffusers.models.attention_processor import Attention
+        from diffusers.models.resnet import ResnetBlock2D
+
+        layers: list[nn.Module] = [self.head]
+        for module in self.unet.modules():
+            if isinstance(module, ResnetBlock2D):
+                layers.append(module.conv2)
+            elif isinstance(module, Attention):
+                layers.append(module.to_out[0])
+        for layer in layers:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def _check_input(self, x: Tensor, t: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            msg = (
+                f"Expected `x` of shape [B, {self.in_channels}, H, W], got {list(x.shape)}. "
+                f"Build the network with a fitting `in_channels`."
+            )
+            raise ValueError(msg)
+        height, width = x.shape[-2:]
+        factor = self.downsample_factor
+        if height % factor or width % factor or not height or not width:
+            fit = [max(factor, -(-side // factor) * factor) for side in (height, width)]
+            msg = (
+                f"Expected `x` with height and width divisible by {factor}, got {height} x {width}. "
+                f"Resize or pad the images to {fit[0]} x {fit[1]}, or use fewer levels (`channel_mult`)."
+            )
+            raise ValueError(msg)
+        if t.shape not in ((), (x.shape[0],)):
+            msg = f"Expected `t` with one number per image, shape [{x.shape[0]}], got {list(t.shape)}."
+            raise ValueError(msg)
+
+
+def _check_positive(counts: dict[str, int], channel_mult: Sequence[int]) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            msg = f"Expected `{name}` to be at least 1, got {count}."
+            raise ValueError(msg)
+    if not channel_mult or min(channel_mult) < 1:
+        msg = f"Expected `channel_mult` to hold one positive integer per level, got {tuple(channel_mult)}."
+        raise ValueError(msg)
+
+
+def _attention_levels(image_size: int, levels: int, attention_resolutions: Sequence[int]) -> list[bool]:
+    factor = 2 ** (levels - 1)
+    if image_size < factor or image_size % factor:
+        msg = (
+            f"Expected `image_size` divisible by {factor} for {levels} levels, got {image_size}. "
+            f"Use another size or fewer levels (`channel_mult`)."
+        )
+        raise ValueError(msg)
+    resolutions = [image_size // 2**level for level in range(levels)]
+    unknown = [resolution for resolution in attention_resolutions if resolution not in resolutions]
+    if unknown:
+        msg = (
+            f"Expected `attention_resolutions` among {resolutions}, the levels at `image_size` {image_size}, "
+            f"got {unknown}. Name levels that exist, or change `image_size` or `channel_mult`."
+        )
+        raise ValueError(msg)
+    return [resolution in attention_resolutions for resolution in resolutions]
+
+
+def _block_types(attends: Sequence[bool]) -> dict[str, tuple[str, ...]]:
+    # Not the plain "DownBlock2D" and "UpBlock2D": those ignore `downsample_type="resnet"` without a word.
+    down = tuple("AttnDownBlock2D" if attend else "ResnetDownsampleBlock2D" for attend in attends)
+    up = tuple("AttnUpBlock2D" if attend else "ResnetUpsampleBlock2D" for attend in reversed(attends))
+    return {"down_block_types": down, "up_block_types": up}
+
+
+def _check_widths(widths: Sequence[int], attends: Sequence[bool], *, norm_groups: int, head_channels: int) -> None:
+    bad = sorted({width for width in widths if width % norm_groups})
+    if bad:
+        msg = (
+            f"Expected `norm_groups` to divide every width of {tuple(widths)}, got {norm_groups}, which does "
+            f"not divide {bad}. Choose a divisor, or another `base_channels`."
+        )
+        raise ValueError(msg)
+    # The bottleneck has the last level's width and always attends.
+    attended = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}
+    bad = sorted(width for width in attended if width % head_channels)
+    if bad:
+        msg = (
+            f"Expected `head_channels` to divide the widths with attention, {sorted(attended)}, got "
+            f"{head_channels}, which does not divide {bad}. Choose a divisor, or attend at other levels."
+        )
+        raise ValueError(msg)

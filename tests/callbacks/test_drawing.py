@@ -1,0 +1,90 @@
+"""Outlines and contact sheets."""
+
+import numpy as np
+import torch
+
+from callbacks.drawing import (
+    captioned,
+    class_colors,
+    contours,
+    draw_contours,
+    enlarge,
+    shade,
+    sheet,
+    tint,
+    to_pixels,
+)
+
+
+def test_contours_are_what_erosion_removes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(12, 10, generator=generator) < 0.8).long()
+    drawn = contours(mask)
+    for y in range(12):
+        for x in range(10):
+            window = [
+                mask[v, u].item() if 0 <= v < 12 and 0 <= u < 10 else 0
+                for v in range(y - 1, y + 2)
+                for u in range(x - 1, x + 2)
+            ]
+            assert drawn[y, x].item() == (mask[y, x].item() == 1 and not all(window))
+
+
+def test_contours_separate_classes_and_have_a_width() -> None:
+    labels = torch.zeros(9, 12, dtype=torch.long)
+    labels[1:8, 1:6], labels[1:8, 6:11] = 1, 2
+    assert contours(labels)[4].nonzero().flatten().tolist() == [1, 5, 6, 10]
+    assert contours(labels, 2)[4].nonzero().flatten().tolist() == [1, 2, 4, 5, 6, 7, 9, 10]
+    assert not contours(torch.zeros(5, 5, dtype=torch.long)).any()
+
+
+def test_drawing_leaves_the_rest_and_darkens_what_has_no_label() -> None:
+    image = np.full((6, 6, 3), 90, np.uint8)
+    labels = torch.zeros(6, 6, dtype=torch.long)
+    labels[1:4, 1:4], labels[5] = 1, 255
+    drawn = draw_contours(image, labels, (1, 2, 3), thickness=1)
+    assert (image == 90).all()
+    assert drawn[1, 1].tolist() == drawn[3, 2].tolist() == [1, 2, 3]
+    assert drawn[2, 2].tolist() == drawn[0, 0].tolist() == [90] * 3
+    assert drawn[5, 3].tolist() == [30] * 3
+
+
+def test_pixels_are_repeated_until_the_picture_is_large_enough() -> None:
+    x = torch.tensor([[[0.0, 1.0, 2.0], [-1.0, 0.5, float("nan")]]])
+    pixels, scale = to_pixels(x, least=7)
+    assert scale == 3
+    assert pixels.shape == (6, 9, 3)
+    assert pixels[::3, ::3, 2].tolist() == [[0, 255, 255], [0, 128, 0]]
+    assert (pixels[:3, 3:6] == 255).all()
+    assert to_pixels(torch.zeros(3, 8, 4), least=8)[1] == 1
+    assert enlarge(torch.tensor([[1, 2]]), 2).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+
+
+def test_colors() -> None:
+    for classes in (2, 3, 34):
+        colors = class_colors(classes)
+        assert colors[0].tolist() == [0, 0, 0]
+        assert len({tuple(color) for color in colors.tolist()}) == classes
+    probabilities = torch.tensor([0.25, 0.75]).view(2, 1, 1).expand(2, 4, 5)
+    assert torch.equal(shade(probabilities), torch.full((3, 4, 5), 0.75))
+    image = np.full((2, 2, 3), 100, np.uint8)
+    labels = torch.tensor([[0, 1], [2, 255]])
+    assert tint(image, labels.clamp(max=1), 2) is image
+    tinted = tint(image, labels, 3)
+    assert (tinted[0, 0] == 100).all()
+    assert (tinted[1, 1] == 100).all()
+    assert len({tuple(tinted[0, 1]), tuple(tinted[1, 0]), (100, 100, 100)}) == 3
+
+
+def test_sheet_and_caption() -> None:
+    cells = [[np.full((40, 60, 3), 10 * i + j, np.uint8) for j in range(3)] for i in range(2)]
+    paper = sheet(["a", "b", "c"], cells)
+    for i in range(2):
+        for j in range(3):
+            found = (paper == 10 * i + j).all(-1)
+            assert found.sum() >= 40 * 60
+    assert (paper[:20] == 255).any()
+    written = captioned(cells[1][1], "J")
+    assert (written == 255).any()
+    assert (written[:20] == 11).all()
+    assert (cells[1][1] == 11).all()

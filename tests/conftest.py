@@ -1,0 +1,27 @@
+"""What all tests share: one thread, and tiny data in the official layouts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fake_data import write_folder, write_isic2018, write_ph2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are slower on several threads, and sums depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def fake_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder for $FEWLIGHT_DATA with isic2018/, ph2/ and folder/; not to be written to."""
+    root = tmp_path_factory.mktemp("fake_data")
+    write_isic2018(root / "isic2018", 8)
+    write_ph2(root / "ph2", 10)
+    write_folder(root / "folder", 6)
+    return root

@@ -1,0 +1,91 @@
+"""Samplers against the stream they are defined by, and where a root is looked for."""
+
+from pathlib import Path
+
+import pytest
+
+from datamodules.loading import EvalSampler, SampleKey, TrainSampler, resolve_root, world
+
+
+def epoch(sampler: TrainSampler, number: int) -> list[SampleKey]:
+    sampler.set_epoch(number)
+    return list(sampler)
+
+
+def test_default_epoch_is_a_permutation() -> None:
+    sampler = TrainSampler(7, seed=3)
+    first, second = epoch(sampler, 0), epoch(sampler, 1)
+    assert sorted(key.index for key in first) == sorted(key.index for key in second) == list(range(7))
+    assert [key.index for key in first] != [key.index for key in second]
+    assert [key.draw for key in first + second] == list(range(14))
+
+
+@pytest.mark.parametrize("length", [3, 7, 20])
+def test_epochs_cut_one_stream(length: int) -> None:
+    stream = [key for number in range(7 * 20) for key in epoch(TrainSampler(7, 1, seed=5), number)]
+    sampler = TrainSampler(7, length, seed=5)
+    assert len(sampler) == length
+    for number in (4, 0, 2):
+        assert epoch(sampler, number) == stream[number * length : (number + 1) * length]
+    # Whatever the length, any 7 aligned positions hold each image once.
+    for block in range(20):
+        assert sorted(key.index for key in stream[7 * block : 7 * block + 7]) == list(range(7))
+
+
+def test_ranks_share_the_positions_of_one_process() -> None:
+    whole = epoch(TrainSampler(10, 12, seed=1), 3)
+    parts = [epoch(TrainSampler(10, 12, seed=1, world_size=3, rank=rank), 3) for rank in range(3)]
+    assert [key for group in zip(*parts, strict=True) for key in group] == whole
+
+
+def test_ranks_take_equally_many_steps_and_lose_no_position() -> None:
+    samplers = [TrainSampler(10, 11, seed=1, world_size=3, rank=rank) for rank in range(3)]
+    assert [len(sampler) for sampler in samplers] == [4, 4, 4]
+    draws = sorted(key.draw for number in range(4) for sampler in samplers for key in epoch(sampler, number))
+    assert draws == list(range(48))
+
+
+def test_seed_changes_the_order() -> None:
+    assert epoch(TrainSampler(20, seed=0), 0) != epoch(TrainSampler(20, seed=1), 0)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 9])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_evaluation_sees_every_image_once(size: int, world_size: int) -> None:
+    samplers = [EvalSampler(size, world_size=world_size, rank=rank) for rank in range(world_size)]
+    items = [list(sampler) for sampler in samplers]
+    assert len({len(part) for part in items} | {len(sampler) for sampler in samplers}) == 1
+    images = [item for part in items for item in part if isinstance(item, int)]
+    fillers = [item for part in items for item in part if not isinstance(item, int)]
+    assert sorted(images) == list(range(size))
+    assert fillers == [SampleKey(-1, 0)] * (-size % world_size)
+
+
+def test_prediction_is_not_padded() -> None:
+    samplers = [EvalSampler(5, pad=False, world_size=2, rank=rank) for rank in range(2)]
+    assert [list(sampler) for sampler in samplers] == [[0, 2, 4], [1, 3]]
+    assert [len(sampler) for sampler in samplers] == [3, 2]
+
+
+def test_outside_torch_distributed_there_is_one_rank() -> None:
+    assert world() == (1, 0)
+    assert EvalSampler(3).num_replicas == 1
+
+
+def test_sampler_arguments() -> None:
+    with pytest.raises(ValueError, match=r"`size` to be at least 1, but got 0"):
+        EvalSampler(0)
+    with pytest.raises(ValueError, match=r"`samples_per_epoch` to be at least 1, but got 0"):
+        TrainSampler(4, 0)
+    with pytest.raises(ValueError, match=r"`rank` to be in \[0, 2\), but got 2"):
+        TrainSampler(4, world_size=2, rank=2)
+
+
+def test_root_is_looked_for_under_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("FEWLIGHT_DATA", raising=False)
+    assert resolve_root("isic2018") == Path("isic2018")
+    monkeypatch.setenv("FEWLIGHT_DATA", "~/data")
+    assert resolve_root("isic2018") == tmp_path / "data" / "isic2018"
+    assert resolve_root("/else/where") == Path("/else/where")
+    assert resolve_root("~/mine") == tmp_path / "mine"

@@ -1,0 +1,81 @@
+"""Tiny data sets in the official folder layouts, drawn instead of stored."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+
+def draw_pair(seed: int, height: int = 24, width: int = 32) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """A dark ellipse on bright noise and its mask of zeros and ones."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    cy, cx = generator.uniform(0.35, 0.65, 2)
+    ry, rx = generator.uniform(0.15, 0.3, 2)
+    mask = ((y / height - cy) / ry) ** 2 + ((x / width - cx) / rx) ** 2 < 1
+    image = generator.integers(150, 230, (height, width, 3))
+    image[mask] //= 3
+    return image.astype(np.uint8), mask.astype(np.uint8)
+
+
+def write_isic2018(folder: Path, n: int = 6, part: str = "Training", first: int = 0) -> Path:
+    """Write n ISIC 2018 pairs and the files of the archives that are no masks; returns the root."""
+    images = folder / f"ISIC2018_Task1-2_{part}_Input"
+    masks = folder / f"ISIC2018_Task1_{part}_GroundTruth"
+    for path in (images, masks):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "LICENSE.txt").write_text("CC-0\n")
+        (path / "ATTRIBUTION.txt").write_text("nobody\n")
+    for number in range(first, first + n):
+        image, mask = draw_pair(number)
+        Image.fromarray(image).save(images / f"ISIC_{number:07d}.jpg", quality=95)
+        Image.fromarray(image).save(images / f"ISIC_{number:07d}_superpixels.png")
+        Image.fromarray(mask * 255).save(masks / f"ISIC_{number:07d}_segmentation.png")
+    return folder
+
+
+def write_ph2(folder: Path, n: int = 10) -> Path:
+    """Write n PH2 cases, 2 : 2 : 1 over the diagnoses, with the official table; returns the root."""
+    base = folder / "PH2Dataset"
+    rows = []
+    for position in range(n):
+        name = f"IMD{position + 2:03d}"
+        case = base / "PH2 Dataset images" / name
+        image, mask = draw_pair(1000 + position)
+        (case / f"{name}_Dermoscopic_Image").mkdir(parents=True)
+        (case / f"{name}_lesion").mkdir()
+        Image.fromarray(image).save(case / f"{name}_Dermoscopic_Image" / f"{name}.bmp")
+        Image.fromarray(mask * 255).convert("1").save(case / f"{name}_lesion" / f"{name}_lesion.bmp")
+        rows.append((name, (0, 0, 1, 1, 2)[position % 5]))
+    (base / "PH2_dataset.txt").write_text(ph2_table(rows))
+    return folder
+
+
+def ph2_table(rows: list[tuple[str, int]]) -> str:
+    """The table as the PH2 archive has it: bars between columns, a legend behind the rows."""
+    lines = ["|| Name   || Histological Diagnosis | Clinical Diagnosis | Asymmetry | Colors ||"]
+    lines += [
+        f"|| {name} ||                        |        {code}           |     1     | 3  4   ||" for name, code in rows
+    ]
+    lines += [
+        "",
+        "Legends:",
+        "  Clinical Diagnosis:",
+        "    0 - Common Nevus",
+        "    1 - Atypical Nevus",
+        "    2 - Melanoma",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_folder(folder: Path, n: int = 6, num_classes: int = 2, mask_suffix: str = "") -> Path:
+    """Write n pairs into images/ and masks/, masks as class ids; returns the root."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number in range(n):
+        image, mask = draw_pair(2000 + number)
+        ids = mask * (1 + number % (num_classes - 1))
+        Image.fromarray(image).save(folder / "images" / f"photo{number}.png")
+        Image.fromarray(ids.astype(np.uint8)).save(folder / "masks" / f"photo{number}{mask_suffix}.png")
+    return folder
