@@ -1,7 +1,9 @@
 """LightningCLI with stages, overlays, one run directory a fit, and results written down."""
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
@@ -12,7 +14,7 @@ import yaml
 from jsonargparse import Namespace, get_loader, set_parsing_settings
 from jsonargparse.typing import Path_fr
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -50,6 +52,13 @@ class RunRecord(SaveConfigCallback):
 def run(args: list[str]) -> "FewlightCLI":
     """Parse a command line whose first word is a sub-command, and run it."""
     stages.end_with_parent()
+    for name in _PACKAGES:  # what datamodules say about caching and callbacks about files is for the user to read
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        if not logger.handlers:
+            logger.addHandler(logging.StreamHandler())
+    # pytorch-lightning 2.6 asks torch >= 2.9 in a way that is deprecated there; nothing a user could change.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     return FewlightCLI(overlays_last(args))
 
 
@@ -286,6 +295,10 @@ class FewlightCLI(LightningCLI):
             checkpoint = self._get(self.config_init, "checkpoint")
             checkpoint.dirpath = checkpoint.dirpath or str(self.run_dir / stages.LAST.parent)
             extra.append(checkpoint)
+        shown = config["enable_progress_bar"] is not False
+        if shown and not sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in config["callbacks"] or ()):
+            # Rich, Lightning's default, writes nothing into a log file before an epoch has ended.
+            extra.append(TQDMProgressBar(refresh_rate=10))
         report = self._get(self.config_init, "report")
         if report is not None:
             extra.append(report)
