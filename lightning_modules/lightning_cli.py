@@ -29,11 +29,12 @@ _NOT_HASHED = ("config", "ckpt_path", "overlay", "stages", "report")
 
 
 @runtime_checkable
-class ShowsOtherRuns(Protocol):
-    """A report that can put the metrics of other runs beside this one's."""
+class Reports(Protocol):
+    """A report that shows what a run was made of, and the metrics of other runs beside its own."""
 
     run_name: str
     other_runs: dict[str, dict[str, float]]
+    hyperparameters: dict[str, bool | int | float | str]
 
 
 class RunRecord(SaveConfigCallback):
@@ -211,7 +212,7 @@ class FewlightCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """See to the earlier stages and find out where to go on from."""
         config = self.config[self.subcommand]
-        self.stages = [self._stage(path, config.overlay) for path in config.stages or ()]
+        self.stages = [self._stage(path, config.runs, config.overlay) for path in config.stages or ()]
         # Absolute, so that the saved config.yaml can be run from anywhere.
         config.stages = config.stages and [Path_fr(path.absolute) for path in config.stages]
         self.config_hash = self._hash(self.config, self.stages)
@@ -225,13 +226,13 @@ class FewlightCLI(LightningCLI):
             "overwrite": True,
         }
 
-    def _stage(self, path: Path_fr, overlays: list[Path_fr] | None) -> stages.Stage:
-        """Resolve a stage's configuration as its own process will."""
-        arguments = ["--config", str(path.absolute)]
+    def _stage(self, path: Path_fr, runs: str, overlays: list[Path_fr] | None) -> stages.Stage:
+        """Resolve a stage's configuration as its own process will; a pipeline writes below one `runs`."""
+        arguments = ["--config", str(path.absolute), "--runs", runs]
         for overlay in overlays or ():
             arguments += ["--overlay", str(overlay.absolute)]
         config = self.parser.parse_args(overlays_last(["fit", *arguments]))
-        earlier = [self._stage(inner, config.fit.overlay) for inner in config.fit.stages or ()]
+        earlier = [self._stage(inner, runs, config.fit.overlay) for inner in config.fit.stages or ()]
         run_dir = Path(config.fit.trainer.default_root_dir)
         return stages.Stage(Path(str(path)), run_dir, self._hash(config, earlier), tuple(arguments))
 
@@ -302,9 +303,16 @@ class FewlightCLI(LightningCLI):
         report = self._get(self.config_init, "report")
         if report is not None:
             extra.append(report)
-        if isinstance(report, ShowsOtherRuns) and (others := self._metrics_of_stages()):
-            report.other_runs, report.run_name = others, self.run_dir.name
+        if isinstance(report, Reports):
+            report.hyperparameters = self._scalars_of_data() | report.hyperparameters
+            if others := self._metrics_of_stages():
+                report.other_runs, report.run_name = others, self.run_dir.name
         return self._instantiate_trainer(config, extra)
+
+    def _scalars_of_data(self) -> dict[str, bool | int | float | str]:
+        """The data's settings that the HParams tab can show; the module logs its own."""
+        settings = self._get(self.config, "data").init_args.as_dict()
+        return {f"data/{k}": v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
 
     def _metrics_of_stages(self) -> dict[str, dict[str, float]]:
         """Test metrics of the earlier stages, by the name of their run directory."""

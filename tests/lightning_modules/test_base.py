@@ -11,6 +11,7 @@ from tiny_nets import PointNet, Segmenter, adamw, squares_loader, tiny_unet
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from callbacks import StageTransition
 from lightning_modules import HybridSegmentation
 
 
@@ -147,3 +148,11 @@ def test_models_of_segmentation_models_pytorch_train_as_they_are(tmp_path: Path)
     trainer = _fit(model, tmp_path, max_epochs=1)
     assert 0 <= trainer.callback_metrics["val_jaccard"] <= 1
     assert model.segment(torch.rand(2, 3, 8, 8)).shape == (2, 2, 8, 8)
+
+
+def test_stage_transition_freezes_the_trunk_of_a_module(tmp_path: Path) -> None:
+    model = HybridSegmentation(tiny_unet(), 2, optimizer=adamw)
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    _fit(model, tmp_path, max_epochs=1, callbacks=[StageTransition(unfreeze_at_epoch=1)])
+    changed = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"unet.conv_out.weight", "unet.conv_out.bias"}

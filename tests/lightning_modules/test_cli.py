@@ -6,6 +6,9 @@ import pytest
 import torch
 import yaml
 from cli_runs import write
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped] # publishes no types
+    EventAccumulator,
+)
 
 from lightning_modules.cli import main
 from lightning_modules.lightning_cli import FewlightCLI, overlays_last
@@ -51,6 +54,21 @@ def test_a_fit_leaves_config_checkpoint_metrics_and_manifest(
     assert saved["model"]["init_args"]["network"]["init_args"]["base_channels"] == 8
     assert list(run.glob("events.out.tfevents.*"))
     assert capsys.readouterr().out.count("test_jaccard ") == 1
+
+
+def test_the_hparams_tab_has_settings_of_model_and_data_beside_the_metrics(tmp_path: Path) -> None:
+    _run("fit", "--config", write(tmp_path, "a", test_after_fit=True))
+    for file in (tmp_path / "runs" / "a").glob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        plugin = events.summary_metadata.get("_hparams_/session_start_info")
+        if plugin is not None:
+            content = plugin.plugin_data.content
+            assert b"mask_weight" in content
+            assert b"data/num_labels" in content
+            assert 0 <= events.Scalars("test_jaccard")[-1].value <= 1
+            return
+    pytest.fail("no hyper-parameters were logged")
 
 
 def test_a_saved_config_runs_again_to_the_same_end(tmp_path: Path) -> None:
