@@ -237,7 +237,9 @@ def _mask_names(keys: Sequence[Sequence[str]], overlay: bool) -> list[list[str]]
         counts.update(f"overlays/{name}" for name in list(counts))
     twice = [name for group in names for name in group if counts[name.casefold()] > 1]
     if twice:
-        msg = f"Expected one mask file for each image, got several for {_listed(twice)}; rename the images."
+        msg = (
+            f"Expected one mask file for each image, got several for {_listed(sorted(set(twice)))}; rename the images."
+        )
         raise ValueError(msg)
     return names
 

@@ -41,6 +41,9 @@ class GeneratedLesionsDataModule(SegmentationDataModule):
         self.images_seed = images_seed
         check_arguments(num_images, self.image_size, domain, images_seed, "images_seed")
 
+    def check(self) -> None:
+        """Nothing can be missing: the images are drawn."""
+
     def make_arrays(self) -> LabelledArrays:
         """Draw all images.
 

@@ -74,15 +74,18 @@ class TrainSampler(_ShardSampler):
     """An endless stream of seeded permutations, cut into epochs of any length.
 
     Position p of the stream is element p mod n of permutation p div n, which is drawn from (seed, p div n).
-    Epoch e holds positions [e L, (e + 1) L), so every image is seen equally often whatever L is, and the
-    order of an epoch can be had without the epochs before it: a resumed run sees what the uninterrupted one
-    would have seen.
+    Epoch e holds positions [e L, (e + 1) L), so all images are seen equally often (the counts differ by one at
+    most) whatever L is, and the order of an epoch can be had without the epochs before it: a resumed run sees
+    what the uninterrupted one would have seen.
 
     Args:
         size: Number of images n.
-        samples_per_epoch: Length L of an epoch over all ranks, rounded up to a multiple of `world_size` so
-            that the ranks take equally many steps; None takes n.
+        samples_per_epoch: Length L of an epoch over all ranks; None takes n. It is rounded up to a multiple
+            of `world_size`, so that the ranks take equally many steps, then down to whole batches.
         seed: Seed of the permutations.
+        batch_size: Images of a batch on one rank. A short last batch would be a noisy step, and a loader that
+            drops it would tear gaps into the stream; so epochs hold whole batches, or one short batch where
+            L is not enough for one.
         world_size: Number of processes; None asks torch.distributed.
         rank: This process; None asks torch.distributed.
 
@@ -95,6 +98,7 @@ class TrainSampler(_ShardSampler):
         size: int,
         samples_per_epoch: int | None = None,
         seed: int = 0,
+        batch_size: int = 1,
         world_size: int | None = None,
         rank: int | None = None,
     ) -> None:
@@ -107,8 +111,12 @@ class TrainSampler(_ShardSampler):
                 "Leave it out to visit every image once an epoch."
             )
             raise ValueError(msg)
+        if batch_size < 1:
+            msg = f"Expected argument `batch_size` to be at least 1, but got {batch_size}."
+            raise ValueError(msg)
         self.seed = seed
-        self.num_samples = -(-length // self.num_replicas)
+        own = -(-length // self.num_replicas)
+        self.num_samples = own - own % batch_size if own > batch_size else own
         self.total_size = self.num_samples * self.num_replicas
 
     def __iter__(self) -> Iterator[SampleKey]:

@@ -56,9 +56,8 @@ def default_train_transform(flip_pairs: Sequence[tuple[int, int]] = (), vertical
 
     Flips, a mild affine map and mild brightness and contrast. The affine map mirrors image and mask at the
     border: black corners would look like the vignette of a dermatoscope, and lesions that touch the border (a
-        quarter of the
-    resized ISIC masks) would get an artificial edge; mirrored, image and mask stay a consistent pair
-    everywhere, so no pixel has to be ignored.
+    quarter of the resized ISIC masks) would get an artificial edge; mirrored, image and mask stay a consistent
+    pair everywhere, so no pixel has to be ignored.
 
     Args:
         flip_pairs: Class ids that change sides when the image is mirrored.

@@ -1,5 +1,6 @@
 """What every module of the collection shares: optimiser, moving average, repeatable randomness, sane losses."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +14,8 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
+
+from lightning_modules.checkpoints import require_same_tensors
 
 
 @runtime_checkable
@@ -106,9 +109,12 @@ class BaseModule(pl.LightningModule):
 
     def reset_ema(self) -> None:
         """Start the moving average again from the network as it is now."""
-        if self.ema is not None:
-            self.ema.module.load_state_dict(self.network.state_dict())
-            self.ema.n_averaged.zero_()
+        if self.ema is None:
+            return
+        # Tensor by tensor: a network compiled in the meantime has other names.
+        for averaged, own in zip(_tensors(self.ema.module), _tensors(self.network), strict=True):
+            averaged.data.copy_(own)
+        self.ema.n_averaged.zero_()
 
     def trunk_parameters(self) -> Iterator[nn.Parameter]:
         """All trained parameters but the last layer's.
@@ -149,6 +155,14 @@ class BaseModule(pl.LightningModule):
         if self._make_lr_scheduler is None:
             return optimizer
         scheduler = self._make_lr_scheduler(optimizer)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if len(rates) == 2 and not math.isclose(rates[0], rates[1] * self.trunk_lr_scale, rel_tol=1e-6):
+            msg = (
+                f"Expected an `lr_scheduler` that keeps `trunk_lr_scale` {self.trunk_lr_scale}, but "
+                f"{type(scheduler).__name__} sets one rate for all ({rates[0]:g}, {rates[1]:g}); give it two rates, or "
+                "use one that multiplies the optimiser's (LambdaLR, CosineAnnealingLR)."
+            )
+            raise ValueError(msg)
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             config |= {"interval": "epoch", "monitor": getattr(scheduler, "monitor", "val_loss")}
@@ -167,7 +181,17 @@ class BaseModule(pl.LightningModule):
             self.ema.update_parameters(self.network)
 
     def on_fit_start(self) -> None:
-        """Fix the seed of the run (seed_everything's, or the one a checkpoint brought along)."""
+        """Fix the seed of the run (seed_everything's, or the one a checkpoint brought along).
+
+        Raises:
+            ValueError: The weights are kept in 16 bits, where averages and sums no longer move.
+        """
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.parameters()):
+            msg = (
+                f"Expected `trainer.precision` with weights in 32 bits, got {self.trainer.precision}: moving averages "
+                "and metrics stand still in 16; use bf16-mixed or 16-mixed."
+            )
+            raise ValueError(msg)
         if self._run_seed is None:
             self._run_seed = torch.initial_seed() % 2**63
 
@@ -182,7 +206,8 @@ class BaseModule(pl.LightningModule):
         checkpoint["run_seed"] = self._run_seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the seed of the run."""
+        """Take over the seed of the run, and refuse another network before torch lists all of its tensors."""
+        require_same_tensors(self.state_dict(), checkpoint["state_dict"])
         self._run_seed = checkpoint.get("run_seed")
 
     def require_finite(self, loss: Tensor, **terms: Tensor) -> Tensor:
@@ -209,6 +234,11 @@ class BaseModule(pl.LightningModule):
     def say(self, message: str) -> None:
         """Tell the user something once, from rank zero."""
         rank_zero_info(message)
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()
 
 
 class _SplitByHead:

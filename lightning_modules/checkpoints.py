@@ -87,15 +87,16 @@ def head_name(network: nn.Module) -> str:
 
 
 def load_trunk_and_head(
-    network: nn.Module, weights: dict[str, Tensor], head: str, keep: int, path: str | Path
+    network: nn.Module, weights: dict[str, Tensor], head: str, keep: int, same_head: bool, path: str | Path
 ) -> str | None:
-    """Copy weights into a network; where the last layers differ in size, only their first `keep` outputs are.
+    """Copy weights into a network; where the last layers differ, only their first `keep` outputs are.
 
     Args:
         network: Takes the weights.
         weights: Names and tensors as in the network's state dict.
         head: Dotted name of the last layer in the network.
         keep: Leading output channels (the image's) that mean the same in both.
+        same_head: Whether the outputs of the two last layers mean the same, if they are of one size.
         path: Where the weights came from, for the error.
 
     Returns:
@@ -105,17 +106,18 @@ def load_trunk_and_head(
         ValueError: Anything but the last layer differs.
     """
     own = network.state_dict()
-    wrong = [n for n in own if n not in weights] + [n for n in weights if n not in own]
-    wrong += [n for n, value in weights.items() if n in own and value.shape != own[n].shape]
+    wrong = _differing(own, weights)
     in_trunk = [n for n in wrong if not (n.startswith(f"{head}.") and n in own and n in weights)]
     if in_trunk:
-        shown = ", ".join(f"{n} {_shape(weights, n)} -> {_shape(own, n)}" for n in in_trunk[:3])
         msg = (
             f"Expected `init_from` to hold the same network apart from its last layer, but {len(in_trunk)} tensors of "
-            f"{path} differ: {shown}; give `network` the arguments that the checkpoint was trained with."
+            f"{path} differ: {_shapes(weights, own, in_trunk)}; give `network` the arguments that the checkpoint was "
+            "trained with."
         )
         raise ValueError(msg)
     taken = dict(weights)
+    if not same_head:
+        wrong = [name for name in own if name.startswith(f"{head}.")]
     for name in wrong:
         rows = min(keep, len(weights[name]), len(own[name]))
         taken[name] = torch.cat([weights[name][:rows].to(own[name]), own[name][rows:]])
@@ -124,6 +126,34 @@ def load_trunk_and_head(
         return None
     old, new = len(weights[wrong[0]]), len(own[wrong[0]])
     return f"replaced, {old} -> {new} output channels, the first {min(keep, old, new)} (image) kept"
+
+
+def require_same_tensors(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Compare a module's state with that of the checkpoint it is to go on from.
+
+    Args:
+        own: The module's state dict.
+        theirs: The checkpoint's.
+
+    Raises:
+        ValueError: A tensor is missing, too many or of another shape.
+    """
+    wrong = _differing(own, theirs)
+    if wrong:
+        msg = (
+            f"Expected `ckpt_path` to hold the same module, but {len(wrong)} tensors differ: "
+            f"{_shapes(theirs, own, wrong)}; give `network` the arguments that the checkpoint was trained with."
+        )
+        raise ValueError(msg)
+
+
+def _differing(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    wrong = [n for n in own if n not in theirs] + [n for n in theirs if n not in own]
+    return wrong + [n for n, value in theirs.items() if n in own and value.shape != own[n].shape]
+
+
+def _shapes(theirs: dict[str, Tensor], own: dict[str, Tensor], names: list[str]) -> str:
+    return ", ".join(f"{n} {_shape(theirs, n)} -> {_shape(own, n)}" for n in names[:3])
 
 
 def _shape(tensors: dict[str, Tensor], name: str) -> str:

@@ -1,6 +1,8 @@
 """HybridSegmentation: one UNet that denoises an image and predicts its mask."""
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
@@ -94,6 +96,10 @@ class HybridSegmentation(BaseModule):
         if mask_weight < 0:
             msg = f"Expected `mask_weight` >= 0, got {mask_weight}; the paper's value is 1e-4."
             raise ValueError(msg)
+        for name, choice, choices in (("objective", objective, Objective), ("mask_loss", mask_loss, MaskLoss)):
+            if choice is not None and choice not in get_args(choices):
+                msg = f"Expected `{name}` to be one of {', '.join(get_args(choices))}, got {choice!r}."
+                raise ValueError(msg)
         if num_level_bins < 1:
             msg = f"Expected `num_level_bins` >= 1, got {num_level_bins}; 4 is the default."
             raise ValueError(msg)
@@ -168,6 +174,18 @@ class HybridSegmentation(BaseModule):
         channels = getattr(network, "out_channels", None)
         return 0 if channels == self.num_classes else self.image_channels
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[nn.Module]:
+        """The network to predict with, without dropout and gradients whatever mode the module is in."""
+        network = self.ema_network
+        training = network.training
+        network.eval()
+        try:
+            with torch.no_grad():
+                yield network
+        finally:
+            network.train(training)
+
     def segment(self, image: Tensor) -> Tensor:
         """Class probabilities of clean images, from the EMA network at t = 0.
 
@@ -178,7 +196,8 @@ class HybridSegmentation(BaseModule):
             [B, num_classes, H, W], non-negative, summing to 1 over the classes.
         """
         x = 2.0 * image - 1.0
-        _, mask = self._outputs(self.ema_network, x, x.new_zeros(len(x)))
+        with self._evaluating() as network:
+            _, mask = self._outputs(network, x, x.new_zeros(len(x)))
         return mask_probabilities(mask, self.mask_loss)
 
     def denoise(
@@ -204,7 +223,8 @@ class HybridSegmentation(BaseModule):
         eps = torch.randn(x.shape, generator=generator).to(x)
         sigma = self.process.sigma_at(torch.full((len(x),), level)).to(x)
         noisy = x + sigma.view(-1, 1, 1, 1) * eps
-        denoised, mask = self._outputs(self.ema_network, noisy, sigma)
+        with self._evaluating() as network:
+            denoised, mask = self._outputs(network, noisy, sigma)
         seen = noisy / (1.0 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()
         probabilities = mask_probabilities(mask, self.mask_loss)
         return (seen.clamp(-1, 1) + 1) / 2, (denoised.clamp(-1, 1) + 1) / 2, probabilities
@@ -232,14 +252,15 @@ class HybridSegmentation(BaseModule):
         head = head_name(self.network)
         theirs = checkpoint.get("hyper_parameters", {}).get("num_classes", self.num_classes)
         outputs = next((len(value) for name, value in weights.items() if name.startswith(f"{head}.")), 0)
-        keep = max(0, min(self._image_outputs(self.network), outputs - theirs))
-        replaced = load_trunk_and_head(self.network, weights, head, keep, path)
+        image_rows = max(0, outputs - theirs), self._image_outputs(self.network)
+        # Layers of one size may still mean different things: 0 + 5 channels are not 3 + 2.
+        same = theirs == self.num_classes and image_rows[0] == image_rows[1]
+        replaced = load_trunk_and_head(self.network, weights, head, min(image_rows), same, path)
         self.reset_ema()
         self.say(f"init_from: {kind} weights of {path}; last layer {head}: {replaced or 'taken over as it is'}")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint with other classes before torch reports shapes."""
-        super().on_load_checkpoint(checkpoint)
         theirs = checkpoint.get("hyper_parameters", {}).get("num_classes", self.num_classes)
         if theirs != self.num_classes:
             msg = (
@@ -247,6 +268,7 @@ class HybridSegmentation(BaseModule):
                 "it with other classes, pass it as model.init_args.init_from, which replaces the last layer."
             )
             raise ValueError(msg)
+        super().on_load_checkpoint(checkpoint)
 
     def _terms(self, network: nn.Module, batch: dict[str, Tensor], sigma: Tensor, eps: Tensor | None) -> _Terms:
         """The loss terms of each image of a batch at given noise levels; None is no noise."""
@@ -328,7 +350,7 @@ class HybridSegmentation(BaseModule):
         if self.objective == "supervised":
             return image.new_zeros(len(image)), None
         golden = 0.6180339887498949  # its multiples fill [0, 1) evenly
-        level = torch.frac(golden * (batch["index"].double().cpu() + 1)).float()
+        level = torch.frac(golden * (batch["index"].cpu().double() + 1)).float()
         shape = image.shape[1:]
         eps = [torch.randn(shape, generator=torch.Generator().manual_seed(int(i))) for i in batch["index"]]
         return self.process.sigma_at(level).to(image), torch.stack(eps).to(image)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import signal
 import sys
 import warnings
 from collections.abc import Mapping
@@ -11,21 +13,23 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import yaml
-from jsonargparse import Namespace, get_loader, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import Path_fr
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
-from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_modules import stages
 from lightning_modules.checkpoints import file_sha256, load_checkpoint
+from lightning_modules.command_line import overlays_last, refuse
+from lightning_modules.run_config import config_hash, differences, input_files, settings
+from lightning_modules.run_files import LastCheckpoint, RunRecord, ran_out_of_time, with_own_plugins
 
 # Importing these makes their classes known by short name: `class_path: HybridSegmentation`.
 _PACKAGES = ("lightning_modules", "datamodules", "callbacks")
-# What does not change a run's result is left out of its hash. The stages go in by their own hashes.
-_NOT_HASHED = ("config", "ckpt_path", "overlay", "stages", "report")
 
 
 @runtime_checkable
@@ -37,17 +41,13 @@ class Reports(Protocol):
     hyperparameters: dict[str, bool | int | float | str]
 
 
-class RunRecord(SaveConfigCallback):
-    """Saves the resolved configuration beside the logs, and its hash in every checkpoint."""
+@runtime_checkable
+class ChecksEarly(Protocol):
+    """Data that can say what is wrong with its arguments before the stages have run."""
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, config_hash: str, **kwargs: Any) -> None:
-        super().__init__(parser, config, **kwargs)
-        self.config_hash = config_hash
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Mark the checkpoint as this configuration's."""
-        del trainer, pl_module
-        checkpoint["config_hash"] = self.config_hash
+    def check(self) -> None:
+        """Raise if the data cannot be used, as far as that can be told without reading them."""
+        ...
 
 
 def run(args: list[str]) -> "FewlightCLI":
@@ -60,53 +60,12 @@ def run(args: list[str]) -> "FewlightCLI":
             logger.addHandler(logging.StreamHandler())
     # pytorch-lightning 2.6 asks torch >= 2.9 in a way that is deprecated there; nothing a user could change.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    return FewlightCLI(overlays_last(args))
-
-
-def overlays_last(args: list[str]) -> list[str]:
-    """Put every `--overlay FILE` behind the last `--config`, and the other flags behind both.
-
-    Each overlay becomes a `--config` that is merged last, and is also remembered under `overlay`, whence the
-    stages get it. Flags win over all files, wherever they stand.
-
-    Raises:
-        SystemExit: An overlay does not exist.
-    """
-    configs: list[str] = []
-    overlays: list[str] = []
-    flags: list[str] = []
-    words = iter(args[1:])
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in {"--config", "-c", "--overlay"}:
-            if not equals and (value := next(words, "")) == "":
-                flags.append(word)  # argparse then says that its argument is missing
-            else:
-                (overlays if name == "--overlay" else configs).append(value)
-        else:
-            flags.append(word)
-    for overlay in overlays:
-        if not Path(overlay).is_file():
-            print(
-                f"error: expected `--overlay` to be a YAML file, but there is none at {overlay}",
-                file=sys.stderr,
-            )
-            raise SystemExit(2)
-    files = [word for file in (*configs, *overlays) for word in ("--config", file)]
-    remembered = [f"--overlay+={Path(overlay).resolve()}" for overlay in overlays]
-    values = _merged_vars([*configs, *overlays])
-    return [args[0], *files, *([f"--vars={json.dumps(values)}"] if values else []), *remembered, *flags]
-
-
-def _merged_vars(files: list[str]) -> dict[str, Any]:
-    """Merge `vars` key by key over the files; jsonargparse would replace the dict as a whole."""
-    merged: dict[str, Any] = {}
-    for file in files:
-        if Path(file).is_file():
-            content = get_loader("yaml")(Path(file).read_text())
-            if isinstance(content, dict) and isinstance(content.get("vars"), dict):
-                merged |= content["vars"]
-    return merged
+    if args[0] not in FewlightCLI.subcommands():
+        refuse(f"expected a sub-command first ({', '.join(FewlightCLI.subcommands())}), got {args[0]}")
+    try:
+        return FewlightCLI(overlays_last(args))
+    except SIGTERMException:  # a SystemExit without a code: a scheduler would take it for success
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 class FewlightCLI(LightningCLI):
@@ -172,14 +131,7 @@ class FewlightCLI(LightningCLI):
             default={"class_path": "callbacks.MetricsReport"},
             help="Prints the metrics of a test as one table and writes metrics.json.",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.filename": "last",
-                "checkpoint.save_on_train_epoch_end": True,
-                "checkpoint.enable_version_counter": False,
-            }
-        )
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.link_arguments(
             "data.num_classes",
             "model.init_args.num_classes",
@@ -203,63 +155,91 @@ class FewlightCLI(LightningCLI):
     @property
     def run_dir(self) -> Path:
         """Where this run writes."""
-        return Path(self._get(self.config, "trainer").default_root_dir)
+        return Path(self._get(self.config, "trainer").default_root_dir).expanduser()
 
     @property
     def _is_dry(self) -> bool:
         return bool(self._get(self.config, "trainer").fast_dev_run)
 
     def before_instantiate_classes(self) -> None:
-        """See to the earlier stages and find out where to go on from."""
+        """Resolve the earlier stages and find out where to go on from."""
         config = self.config[self.subcommand]
-        self.stages = [self._stage(path, config.runs, config.overlay) for path in config.stages or ()]
+        self._run_dirs = {self.run_dir} if self.subcommand == "fit" else set()
+        self.stages = [self._stage(path, config, ()) for path in config.stages or ()]
         # Absolute, so that the saved config.yaml can be run from anywhere.
         config.stages = config.stages and [Path_fr(path.absolute) for path in config.stages]
-        self.config_hash = self._hash(self.config, self.stages)
-        if self.subcommand == "fit":
-            stages.run_stages(self.stages, self.config_hash)
-        config.ckpt_path = self._checkpoint_to_load(config.ckpt_path)
+        self.settings = self._settings(self.config)
+        earlier = [stage.config_hash for stage in self.stages]
+        self.config_hash = config_hash(self.settings, earlier)
+        # Goes into every checkpoint.
+        self.record: dict[str, Any] = {
+            "config_hash": self.config_hash,
+            "config": json.dumps(self.settings, default=str),
+            "stages": earlier,
+        }
+        self._loaded: dict[str, Any] = {}
+        self._ckpt_path = self._checkpoint_to_load(config.ckpt_path)
+        config.ckpt_path = None  # the saved config.yaml starts anew; where this run went on from is in its manifest
         self._given_num_classes = config.model.init_args.get("num_classes")
         self.save_config_kwargs = {
-            "config_hash": self.config_hash,
+            "record": self.record,
+            "loaded_fingerprint": self._loaded.get("fingerprint"),
             "config_filename": "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml",
             "overwrite": True,
         }
 
-    def _stage(self, path: Path_fr, runs: str, overlays: list[Path_fr] | None) -> stages.Stage:
+    def _stage(self, path: Path_fr, parent: Namespace, above: tuple[str, ...]) -> stages.Stage:
         """Resolve a stage's configuration as its own process will; a pipeline writes below one `runs`."""
-        arguments = ["--config", str(path.absolute), "--runs", runs]
-        for overlay in overlays or ():
+        file = str(path.absolute)
+        if file in above:
+            refuse(f"expected `stages` without a circle, but {file} comes before itself")
+        arguments = ["--config", file, "--runs", parent.runs]
+        for overlay in parent.overlay or ():
             arguments += ["--overlay", str(overlay.absolute)]
-        config = self.parser.parse_args(overlays_last(["fit", *arguments]))
-        earlier = [self._stage(inner, runs, config.fit.overlay) for inner in config.fit.stages or ()]
-        run_dir = Path(config.fit.trainer.default_root_dir)
-        return stages.Stage(Path(str(path)), run_dir, self._hash(config, earlier), tuple(arguments))
+        whole = self.parser.parse_args(overlays_last(["fit", *arguments]))
+        config = whole.fit
+        earlier = [self._stage(inner, config, (*above, file)) for inner in config.stages or ()]
+        run_dir = Path(config.trainer.default_root_dir).expanduser()
+        if run_dir in self._run_dirs:
+            refuse(f"expected a `trainer.default_root_dir` of its own for every stage, got {run_dir} twice ({path})")
+        self._run_dirs.add(run_dir)
+        own_hash = config_hash(self._settings(whole), [stage.config_hash for stage in earlier])
+        return stages.Stage(Path(str(path)), run_dir, own_hash, tuple(arguments))
 
-    def _hash(self, config: Namespace, earlier: list[stages.Stage]) -> str:
-        plain = yaml.safe_load(self.parser.dump(config, skip_link_targets=True, skip_none=False))
-        plain = (
-            {key: value for key, value in plain["fit"].items() if key not in _NOT_HASHED} if "fit" in plain else plain
-        )
-        return stages.hash_config(plain, [stage.config_hash for stage in earlier])
+    def _settings(self, whole: Namespace) -> dict[str, Any]:
+        dumped = yaml.safe_load(self.parser.dump(whole, skip_link_targets=True, skip_unset=False, skip_validation=True))
+        return settings(dumped[whole.subcommand])
 
     def _checkpoint_to_load(self, asked: str | None) -> str | None:
         """Turn `last` into a path, and refuse what is not a checkpoint before anything is built."""
         fitting = self.subcommand == "fit"
         if asked is None and (fitting or self._is_dry):
             return None
-        if asked not in (None, "last"):
-            load_checkpoint(asked, "ckpt_path")
-            return asked
-        last = self.run_dir / stages.LAST
-        if fitting and not last.is_file():
-            print(f"ckpt_path last: none in {last.parent}, starting from the beginning", flush=True)
+        path = self.run_dir / stages.LAST if asked in (None, "last") else Path(asked)
+        if fitting and asked == "last" and not path.is_file():
+            print(f"ckpt_path last: none in {path.parent}, starting from the beginning", flush=True)
             return None
-        written_by = load_checkpoint(last, "ckpt_path").get("config_hash")
-        if fitting:
-            other = "" if written_by == self.config_hash else " (written by another configuration)"
-            print(f"ckpt_path last: going on from {last}{other}", flush=True)
-        return str(last)
+        self._loaded = load_checkpoint(path, "ckpt_path")
+        if fitting and asked == "last":
+            self._require_own(path)
+            print(f"ckpt_path last: going on from {path}", flush=True)
+        return str(path)
+
+    def _require_own(self, path: Path) -> None:
+        """Going on must give what the configuration says, as if it had not been interrupted."""
+        if self._loaded.get("config_hash") == self.config_hash:
+            return
+        changed = differences(json.loads(self._loaded.get("config", "{}")), self.settings)
+        if self._loaded.get("stages") != self.record["stages"]:
+            changed.append("the stages before it")
+        if changed:
+            shown = "; ".join(changed[:5]) + ("; ..." if len(changed) > 5 else "")
+            msg = (
+                f"Expected `ckpt_path` last to have been written by this configuration, but {path} differs in {shown}. "
+                "Leave --ckpt_path out to start anew (the old run is kept in previous/), or name the file to go on all "
+                "the same."
+            )
+            raise ValueError(msg)
 
     # ---------------------------------------------------------------- the objects
 
@@ -291,10 +271,11 @@ class FewlightCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         if config["logger"] in (None, True):
             config["logger"] = TensorBoardLogger(self.run_dir, name="", version="", default_hp_metric=False)
+        config["plugins"] = with_own_plugins(config["plugins"])
         extra: list[Callback] = []
         if config["enable_checkpointing"] is not False:
             checkpoint = self._get(self.config_init, "checkpoint")
-            checkpoint.dirpath = checkpoint.dirpath or str(self.run_dir / stages.LAST.parent)
+            checkpoint.dirpath = str(self.run_dir / stages.LAST.parent)
             extra.append(checkpoint)
         shown = config["enable_progress_bar"] is not False
         if shown and not sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in config["callbacks"] or ()):
@@ -305,8 +286,6 @@ class FewlightCLI(LightningCLI):
             extra.append(report)
         if isinstance(report, Reports):
             report.hyperparameters = self._scalars_of_data() | report.hyperparameters
-            if others := self._metrics_of_stages():
-                report.other_runs, report.run_name = others, self.run_dir.name
         return self._instantiate_trainer(config, extra)
 
     def _scalars_of_data(self) -> dict[str, bool | int | float | str]:
@@ -314,58 +293,99 @@ class FewlightCLI(LightningCLI):
         settings = self._get(self.config, "data").init_args.as_dict()
         return {f"data/{k}": v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
 
-    def _metrics_of_stages(self) -> dict[str, dict[str, float]]:
-        """Test metrics of the earlier stages, by the name of their run directory."""
-        manifests = {stage.run_dir.name: stages.read_manifest(stage.run_dir) for stage in self.stages}
-        metrics = {name: (manifest or {}).get("metrics", {}) for name, manifest in manifests.items()}
-        return {n: tested for n, m in metrics.items() if (tested := {k: v for k, v in m.items() if "test_" in k})}
+    def _show_stages_in_report(self) -> None:
+        report = self._get(self.config_init, "report")
+        if isinstance(report, Reports) and (others := stages.test_metrics(self.stages, Path(self.config.fit.runs))):
+            report.other_runs, report.run_name = others, self.run_dir.name
 
     # ---------------------------------------------------------------- the run
 
-    def fit(self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None) -> None:
-        """Fit, test if asked, and write the manifest last."""
+    def fit(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
+        """Run the earlier stages, fit, test if asked, and write the manifest last.
+
+        Model, data and trainer exist by now, so that a mistake in the last config does not show after hours of stages.
+        """
+        del kwargs  # the checkpoint's path was resolved before
+        if isinstance(datamodule, ChecksEarly):
+            datamodule.check()
+        self._require_checkpoints()
+        if not self._is_dry:
+            stages.run_stages(self.stages, self.config_hash)
+        self._show_stages_in_report()
+        self.record["inputs"] = input_files(self.settings)
+        if self._ckpt_path is not None and self._loaded.get("inputs", {}) != self.record["inputs"]:
+            print("note: what the run started from has changed since the checkpoint was written", flush=True)
         if self._is_dry or _rank() != 0:
-            self._fit_and_test(model, datamodule, ckpt_path)
+            self._fit_and_test(model, datamodule)
             return
         with stages.only_one_fit(self.run_dir):
-            if ckpt_path is None and (aside := stages.set_previous_run_aside(self.run_dir)):
+            aside = stages.set_previous_run_aside(self.run_dir) if self._ckpt_path is None else None
+            if aside is not None:
                 print(f"{self.run_dir}: the run that was here is now in {aside}", flush=True)
-            self._fit_and_test(model, datamodule, ckpt_path)
+            try:
+                self._fit_and_test(model, datamodule)
+            except BaseException:
+                if aside is not None and self.trainer.global_step == 0:
+                    stages.bring_back(self.run_dir, aside)
+                    print(f"{self.run_dir}: the run that was here is back, the new one made no step", flush=True)
+                raise
+            if ran_out_of_time(self.trainer):
+                print(f"{self.run_dir}: max_time is over, the run is not finished: no manifest", flush=True)
+                return
             stages.write_manifest(self.run_dir, self._manifest())
 
-    def _fit_and_test(self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None) -> None:
-        self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    def _require_checkpoints(self) -> None:
+        """A checkpoint that the model starts from must be there, or be what a stage is going to write."""
+        to_come = {run_dir / stages.LAST for run_dir in self._run_dirs}
+        for key, value in self.settings.items():
+            if key.startswith("model.") and isinstance(value, str) and value.endswith(".ckpt"):
+                path = Path(value).expanduser()
+                if path not in to_come or self._is_dry:
+                    load_checkpoint(path, key.rpartition(".")[2])
+
+    def _fit_and_test(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        self.trainer.fit(model, datamodule=datamodule, ckpt_path=self._ckpt_path, weights_only=True)
         self._fit_metrics = _plain(self.trainer.callback_metrics)
-        if self.config.fit.test_after_fit:
+        if self.config.fit.test_after_fit and not ran_out_of_time(self.trainer):
             self.trainer.test(model, datamodule=datamodule, verbose=False)
 
     def validate(self, **kwargs: Any) -> None:
         """Validate; the report prints the table."""
-        self.trainer.validate(**kwargs, verbose=False, weights_only=True)
+        self.trainer.validate(**kwargs | {"ckpt_path": self._ckpt_path}, verbose=False, weights_only=True)
+        if not self.trainer.callback_metrics and not self._is_dry:
+            msg = "Expected validation images, got none; raise data.init_args.val_share, or use `lightning test`."
+            raise ValueError(msg)
 
     def test(self, **kwargs: Any) -> None:
         """Test; the report prints the table."""
-        self.trainer.test(**kwargs, verbose=False, weights_only=True)
+        self.trainer.test(**kwargs | {"ckpt_path": self._ckpt_path}, verbose=False, weights_only=True)
 
     def predict(self, **kwargs: Any) -> None:
         """Predict; a BasePredictionWriter among the callbacks keeps the result."""
-        self.trainer.predict(**kwargs | {"return_predictions": False}, weights_only=True)
+        chosen = {"ckpt_path": self._ckpt_path, "return_predictions": False}
+        self.trainer.predict(**kwargs | chosen, weights_only=True)
 
     def _manifest(self) -> dict[str, Any]:
         """What the next stage needs to know about this run."""
         last = self.run_dir / stages.LAST
-        checkpoint = {"path": str(stages.LAST), "sha256": file_sha256(last)} if last.is_file() else None
+        foreign = self._ckpt_path not in (None, str(last)) and self._loaded.get("config_hash") != self.config_hash
+        before = stages.read_manifest(self.run_dir) or {}
+        # Going on with a finished run logs nothing of the fit: what it logged then still holds.
+        same = (before.get("config_hash"), before.get("global_step")) == (self.config_hash, self.trainer.global_step)
+        logged = before.get("metrics", {}) if same else {}
         data = self.datamodule
         return {
             "kind": "fit",
             "fewlight": version("fewlight"),
             "config_hash": self.config_hash,
-            "checkpoint": checkpoint,
+            "inputs": self.record["inputs"],
+            "resumed_from": self._ckpt_path if foreign else None,
+            "checkpoint": {"path": str(stages.LAST), "sha256": file_sha256(last)} if last.is_file() else None,
             "global_step": self.trainer.global_step,
             "class_names": list(getattr(data, "class_names", ())),
             "counts": dict(getattr(data, "counts", {})),
             "fingerprint": getattr(data, "fingerprint", None),
-            "metrics": {**self._fit_metrics, **_plain(self.trainer.callback_metrics)},
+            "metrics": {**logged, **self._fit_metrics, **_plain(self.trainer.callback_metrics)},
         }
 
 
@@ -374,5 +394,6 @@ def _rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0))
 
 
-def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
+def _plain(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Metrics as JSON can hold them: what is not finite becomes null."""
+    return {name: number if math.isfinite(number := float(value)) else None for name, value in metrics.items()}

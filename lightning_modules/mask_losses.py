@@ -52,5 +52,6 @@ def mask_probabilities(channels: Tensor, kind: MaskLoss) -> Tensor:
     ordered = channels.sort(dim=1, descending=True).values
     rank = torch.arange(1, channels.shape[1] + 1, device=channels.device).view(1, -1, 1, 1)
     excess = (ordered.cumsum(1) - 1.0) / rank
-    support = (ordered > excess).sum(1, keepdim=True)
+    # At least one class is in the support; with NaN none compares as larger, and NaN is then what comes out.
+    support = (ordered > excess).sum(1, keepdim=True).clamp(min=1)
     return (channels - excess.gather(1, support - 1)).clamp(min=0.0)

@@ -2,12 +2,12 @@
 
 A run directory (`trainer.default_root_dir`) holds config.yaml, checkpoints/, metrics.json, the TensorBoard events
 and, written last, manifest.json. No manifest means not finished. A stage is done when its manifest carries the hash
-of the stage's resolved configuration and its checkpoint is the one the manifest names.
+of the stage's resolved configuration, its checkpoint is the one the manifest names, and the files it started from (an
+earlier stage's checkpoint) are still the ones it names.
 """
 
 import ctypes
 import fcntl
-import hashlib
 import json
 import os
 import shlex
@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,23 @@ from typing import Any
 import torch
 
 from lightning_modules.checkpoints import file_sha256
+from lightning_modules.run_files import written_whole
 
 MANIFEST = "manifest.json"
 LAST = Path("checkpoints") / "last.ckpt"
 # Entries of a run directory that belong to a fit. Anything else in there is the user's and is never touched.
-_RUN_FILES = ("checkpoints", "config.yaml", "metrics.json", MANIFEST, "events.out.tfevents.*")
+_RUN_FILES = (
+    "checkpoints",
+    "config.yaml",
+    "config_test.yaml",
+    "config_validate.yaml",
+    "config_predict.yaml",
+    "hparams.yaml",
+    "metrics.json",
+    MANIFEST,
+    "events.out.tfevents.*",
+    "hpc_ckpt_*.ckpt",  # Lightning's own, on SLURM; it would go on from one unasked
+)
 # Set by the process that ran the stages, for the ranks it launches: they find the hash of their own run in it.
 _STAGES_RAN = "FEWLIGHT_STAGES_RAN"
 _PARENT = "FEWLIGHT_PARENT"
@@ -66,35 +78,14 @@ class Stage:
         return shlex.join(["lightning", "fit", *self.arguments])
 
 
-def hash_config(config: Mapping[str, Any], earlier: Sequence[str]) -> str:
-    """SHA-256 over a resolved configuration, the hashes of the stages before it and where relative data roots are.
-
-    Args:
-        config: The resolved configuration as plain values, without what does not change the result.
-        earlier: Hashes of the stages that come first.
-    """
-    data = os.environ.get("FEWLIGHT_DATA")
-    content = {"config": config, "stages": list(earlier), "data": data and str(Path(data).resolve())}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def write_manifest(run_dir: Path, manifest: Mapping[str, Any]) -> None:
     """Say that a run is finished: temporary name, then rename.
 
     Raises:
         OSError: The disk is full or not writable; nothing half-written is left.
     """
-    temporary = run_dir / f".{MANIFEST}.{os.getpid()}"
-    try:
-        with temporary.open("w") as file:
-            json.dump(manifest, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(run_dir / MANIFEST)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        msg = f"could not write {run_dir / MANIFEST} ({error.strerror}); make room or permit writing, then run again"
-        raise OSError(error.errno, msg) from error
+    with written_whole(run_dir / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2))
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any] | None:
@@ -107,37 +98,52 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
 
 
 def is_done(run_dir: Path, config_hash: str) -> bool:
-    """Whether a finished run with this configuration lies in the directory, its checkpoint intact."""
+    """Whether a finished run with this configuration lies in the directory, made from what is there now."""
     manifest = read_manifest(run_dir)
-    if manifest is None or manifest.get("config_hash") != config_hash:
+    if manifest is None or manifest.get("config_hash") != config_hash or manifest.get("resumed_from"):
         return False
+    files = {Path(path): sha256 for path, sha256 in manifest.get("inputs", {}).items()}
     checkpoint = manifest.get("checkpoint")
-    if checkpoint is None:
-        return True
-    file = run_dir / checkpoint["path"]
-    return file.is_file() and file_sha256(file) == str(checkpoint["sha256"])
+    if checkpoint is not None:
+        files[run_dir / checkpoint["path"]] = checkpoint["sha256"]
+    return _are(files)
+
+
+def test_metrics(stages: Sequence[Stage], runs: Path) -> dict[str, dict[str, float]]:
+    """What tested stages measured, by their run directories below the folder `runs`."""
+    found: dict[str, dict[str, float]] = {}
+    for stage in stages:
+        place, folder = stage.run_dir, runs.expanduser()
+        metrics = (read_manifest(place) or {}).get("metrics", {})
+        tested = {k: v for k, v in metrics.items() if k.startswith("test_") and v is not None}
+        if tested:
+            found[str(place.relative_to(folder) if place.is_relative_to(folder) else place)] = tested
+    return found
 
 
 def has_own_checkpoint(run_dir: Path, config_hash: str) -> bool:
-    """Whether the last checkpoint of the directory was written by this very configuration."""
+    """Whether the last checkpoint of the directory was written by this configuration from the files that are there."""
     try:
         checkpoint = torch.load(run_dir / LAST, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # absent, truncated or foreign: in each case there is nothing to go on from
         return False
-    return isinstance(checkpoint, dict) and checkpoint.get("config_hash") == config_hash
+    if not isinstance(checkpoint, dict) or checkpoint.get("config_hash") != config_hash:
+        return False
+    return _are({Path(path): sha256 for path, sha256 in checkpoint.get("inputs", {}).items()})
+
+
+def _are(files: Mapping[Path, str]) -> bool:
+    return all(path.is_file() and file_sha256(path) == sha256 for path, sha256 in files.items())
 
 
 def set_previous_run_aside(run_dir: Path) -> Path | None:
-    """Move what an earlier fit left in a run directory to previous/<n>, so that nothing trained is overwritten.
+    """Move what an earlier fit left in a run directory to previous/<n>: nothing is overwritten or deleted.
 
     Returns:
-        The new place, or None when there was no checkpoint or result worth keeping.
+        The new place, or None when there was nothing.
     """
-    found = [path for pattern in _RUN_FILES for path in sorted(run_dir.glob(pattern))]
-    worth = any(run_dir.glob("checkpoints/*.ckpt")) or any((run_dir / f).exists() for f in (MANIFEST, "metrics.json"))
-    if not worth:
-        for path in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    found = _run_files(run_dir)
+    if not found:
         return None
     kept = run_dir / "previous"
     number = 1 + max((int(p.name) for p in kept.glob("*") if p.name.isdigit()), default=0)
@@ -149,15 +155,45 @@ def set_previous_run_aside(run_dir: Path) -> Path | None:
     return target
 
 
+def bring_back(run_dir: Path, aside: Path) -> None:
+    """Undo `set_previous_run_aside` after a fit that made no step: what was there returns, what that fit left goes.
+
+    Args:
+        run_dir: The run directory; all run files in it are that fit's, as the earlier ones were moved.
+        aside: What `set_previous_run_aside` returned.
+    """
+    for path in _run_files(run_dir):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # The manifest comes last: only then is the directory a finished run again.
+    for path in sorted(aside.iterdir(), key=lambda p: p.name == MANIFEST):
+        path.rename(run_dir / path.name)
+    aside.rmdir()
+    with suppress(OSError):  # earlier runs lie there too
+        aside.parent.rmdir()
+
+
+def _run_files(run_dir: Path) -> list[Path]:
+    return [path for pattern in _RUN_FILES for path in sorted(run_dir.glob(pattern))]
+
+
 @contextmanager
 def only_one_fit(run_dir: Path) -> Iterator[None]:
     """Hold a run directory against a second fit; the lock falls with the process, however that ends.
 
     Raises:
         RuntimeError: Another process is training there.
+        OSError: It is no folder, or must not be written to.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("a+") as lock:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("a+")
+    except OSError as error:
+        msg = (
+            f"Expected `trainer.default_root_dir` to be a folder that can be written to, got {run_dir} "
+            f"({error.strerror}); choose another one, or remove or permit what is in the way."
+        )
+        raise OSError(error.errno, msg) from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -166,6 +202,8 @@ def only_one_fit(run_dir: Path) -> Iterator[None]:
                 "for it, stop it, or give this run another directory."
             )
             raise RuntimeError(msg) from error
+        except OSError as error:
+            _say(f"{run_dir}: this file system cannot lock ({error.strerror}); do not start a second fit there")
         yield
 
 
@@ -196,18 +234,18 @@ def run_stages(stages: Sequence[Stage], config_hash: str) -> None:
     """
     if is_rank_of(config_hash):
         return
-    done = [is_done(stage.run_dir, stage.config_hash) for stage in stages]
     world_size = outside_world_size()
-    if world_size > 1 and not all(done):
-        missing = "\n".join(f"  {stage.command}" for stage, ready in zip(stages, done, strict=True) if not ready)
+    missing = [s.command for s in stages if world_size > 1 and not is_done(s.run_dir, s.config_hash)]
+    if missing:
+        commands = "\n".join(f"  {command}" for command in missing)
         msg = (
             f"Expected all `stages` to be done before torchrun, SLURM or MPI start {world_size} processes, but "
-            f"these are not:\n{missing}\nRun them first, or pass --stages null to go on without them."
+            f"these are not:\n{commands}\nRun them first, or pass --stages null to go on without them."
         )
         raise RuntimeError(msg)
-    for number, (stage, ready) in enumerate(zip(stages, done, strict=True), 1):
+    for number, stage in enumerate(stages, 1):
         name = f"stage {number}/{len(stages)} {stage.config.name}"
-        if ready:
+        if is_done(stage.run_dir, stage.config_hash):  # asked here: it may start from what the one before it wrote
             _say(f"{name}: skipped, finished in {stage.run_dir} (config {stage.config_hash[:12]})")
         else:
             _run_stage(stage, name)

@@ -1,5 +1,6 @@
 """Tiny runs for tests of the command line."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def config(name: str, **changes: Any) -> dict[str, Any]:
         "model": {
             "class_path": "HybridSegmentation",
             "init_args": {
-                "network": NETWORK,
+                "network": copy.deepcopy(NETWORK),
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
                 "ema_decay": 0.9,
             },

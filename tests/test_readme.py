@@ -36,7 +36,7 @@ def test_the_two_set_up_commands_are_what_ci_runs() -> None:
     install, tests = _blocks("bash")[:2]
     assert "pip install" in install
     assert "lightning fit --config configs/hybrid_lesions.yaml" in install
-    assert "lightning\" fit --config configs/hybrid_lesions.yaml" in ci
+    assert 'lightning" fit --config configs/hybrid_lesions.yaml' in ci
     assert "pip install -e '.[test]'" in tests
     assert "-e '.[test]'" in ci
     assert "-m pytest" in tests

@@ -1,5 +1,6 @@
 """What all image/mask datamodules share: splits, checks, cache and loaders."""
 
+import copy
 from pathlib import Path
 from typing import Literal
 
@@ -13,14 +14,7 @@ from torch.utils.data import DataLoader
 from datamodules.loading import DATA_VARIABLE, EvalSampler, TrainSampler, resolve_root
 from datamodules.partition import carve_validation, labelled_subset
 from datamodules.segmentation.dataset import SegmentationDataset
-from datamodules.segmentation.decoding import (
-    UInt8Array,
-    fit_mask,
-    probe_size,
-    read_image,
-    read_raw_mask,
-    to_class_ids,
-)
+from datamodules.segmentation.decoding import UInt8Array, read_raw_mask, to_class_ids
 from datamodules.segmentation.pairs import (
     LabelledArrays,
     Pair,
@@ -30,16 +24,8 @@ from datamodules.segmentation.pairs import (
     relative_key,
     settle_problems,
 )
-from datamodules.segmentation.store import (
-    DECODE_ERRORS,
-    Decode,
-    Decoded,
-    ImageStore,
-    build_store,
-    fingerprint,
-    reason_for,
-    store_arrays,
-)
+from datamodules.segmentation.reading import PairReader
+from datamodules.segmentation.store import Decode, ImageStore, build_store, fingerprint, store_arrays
 from datamodules.transforms import default_train_transform
 
 Batch = dict[str, Tensor]
@@ -64,7 +50,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         num_labels: Number of images whose masks may be used; None for all.
         labels_seed: Seed that chooses them; the subsets of one seed are nested.
         val_share: Share of the labelled images to validate on, in [0, 1); 0 for no validation.
-        samples_per_epoch: Length of a training epoch; None visits every training image once.
+        samples_per_epoch: Length of a training epoch; None takes the number of training images. It is rounded
+            down to whole batches, and the next epoch goes on where this one ends.
         train_transform: Augmentation of training samples; None takes `default_train_transform`, an empty
             `albumentations.Compose` switches it off.
         cache_megabytes: Memory for decoded images; if they need more they are decoded on every access.
@@ -172,7 +159,8 @@ class SegmentationDataModule(pl.LightningDataModule):
             pair: A pair with at least one mask file.
 
         Returns:
-            uint8 array [H, W] of class ids, 255 for pixels to ignore.
+            uint8 array [H, W] of class ids, 255 for pixels to ignore; upright if the file has an EXIF
+            orientation (`read_raw_mask` and `open_upright` see to it).
 
         Raises:
             OSError: If a file cannot be decoded.
@@ -197,10 +185,23 @@ class SegmentationDataModule(pl.LightningDataModule):
             self.fingerprint = fingerprint(store, self._rows)
             self._store = store
 
+    def check(self) -> None:
+        """Look whether there are images, without reading any: the command line asks before the stages run.
+
+        Raises:
+            FileNotFoundError: If the root or the images in it are missing.
+        """
+        self._find()
+
     def _load(self) -> ImageStore:
         arrays = self.make_arrays()
         if arrays is not None:
             return store_arrays(arrays, self.image_size)
+        root, pairs = self._find()
+        reader = self._reader()
+        return self._read(pairs, reader, reader.decode, root, "image/mask pairs", self.layout)
+
+    def _find(self) -> tuple[Path, list[Pair]]:
         root = resolve_root(self.root)
         if not root.is_dir():
             relative = not Path(self.root).expanduser().is_absolute()
@@ -211,7 +212,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         if not pairs:
             msg = f"Expected argument `root` to hold images with masks, but {root} has none.{self._layout()}"
             raise FileNotFoundError(msg)
-        return self._read(pairs, self._decode, root, "image/mask pairs", self.layout)
+        return root, pairs
 
     def _layout(self) -> str:
         return f"\nExpected layout:\n{indent(self.layout)}"
@@ -228,42 +229,32 @@ class SegmentationDataModule(pl.LightningDataModule):
             msg = f"Expected argument `predict_images` to be a folder of images, but {root.absolute()} {what}."
             raise FileNotFoundError(msg)
         pairs = [Pair(relative_key(root, path), path) for path in files]
-        self._predict_store = self._read(pairs, self._decode_image, root, "images", "any images, nested or not")
+        reader = self._reader()
+        self._predict_store = self._read(
+            pairs, reader, reader.decode_image, root, "images", "any images, nested or not"
+        )
 
-    def _read(self, pairs: list[Pair], decode: Decode, root: Path, what: str, layout: str) -> ImageStore:
+    def _reader(self) -> PairReader:
+        # Spawned workers receive the reader pickled, and with it what `read_mask` is bound to: a copy that
+        # knows neither the trainer (and so the model) nor the images of all splits.
+        source = copy.copy(self)
+        source.trainer = None
+        source._store = source._predict_store = None
+        source._rows = {}
+        return PairReader(self.image_size, self.mask_size_may_differ, source.read_mask)
+
+    def _read(
+        self, pairs: list[Pair], reader: PairReader, decode: Decode, root: Path, what: str, layout: str
+    ) -> ImageStore:
         problems = [Problem(pair.image, pair.problem) for pair in pairs if pair.problem]
         usable = [pair for pair in pairs if not pair.problem]
-        store, undecodable = build_store(usable, decode, self._probe, self.image_size, self.cache_megabytes, what)
+        store, undecodable = build_store(usable, decode, reader.probe, self.image_size, self.cache_megabytes, what)
         problems += undecodable
         if not problems:
             return store
         total, limit = len(pairs), self.max_bad_share if store.pairs else 0.0
         settle_problems(problems, total, root, layout, self.on_bad_file, limit)
         return store
-
-    def _decode(self, pair: Pair) -> Decoded:
-        image = read_image(pair.image, self.image_size)
-        try:
-            mask = fit_mask(self.read_mask(pair), image, self.image_size, self.mask_size_may_differ)
-        except DECODE_ERRORS as error:
-            name = f" {pair.masks[0].name}" if len(pair.masks) == 1 else ""
-            msg = f"mask{name}: {reason_for(error)}"
-            raise ValueError(msg) from error
-        return Decoded(image.pixels, mask, image.original_size)
-
-    def _probe(self, pair: Pair) -> tuple[int, int]:
-        size = probe_size(pair.image)
-        for mask in pair.masks:
-            other = probe_size(mask)
-            # The image's EXIF may turn a mask that has none; decoding decides such cases.
-            if sorted(other) != sorted(size) and not self.mask_size_may_differ:
-                msg = f"size mismatch: image {size[1]}x{size[0]}, mask {other[1]}x{other[0]} (width x height)"
-                raise ValueError(msg)
-        return size
-
-    def _decode_image(self, pair: Pair) -> Decoded:
-        image = read_image(pair.image, self.image_size)
-        return Decoded(image.pixels, None, image.original_size)
 
     def _split(self, store: ImageStore) -> dict[str, list[int]]:
         pairs = store.pairs
@@ -290,9 +281,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         if transform is None:
             transform = default_train_transform(self.flip_pairs, self.vertical_flip)
         dataset = self._dataset("train", transform)
-        sampler = TrainSampler(len(dataset), self.samples_per_epoch, self.seed)
-        # A short last batch would be a noisy step; a single short batch is all there is.
-        return self._loader(dataset, sampler, drop_last=len(sampler) > self.batch_size)
+        return self._loader(dataset, TrainSampler(len(dataset), self.samples_per_epoch, self.seed, self.batch_size))
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return validation batches; an empty list if `val_share` is 0."""
@@ -340,15 +329,12 @@ class SegmentationDataModule(pl.LightningDataModule):
             raise RuntimeError(msg)
         return SegmentationDataset(self._store, self._rows[split], transform, self.seed, with_masks)
 
-    def _loader(
-        self, dataset: SegmentationDataset, sampler: TrainSampler | EvalSampler, drop_last: bool = False
-    ) -> DataLoader[Batch]:
+    def _loader(self, dataset: SegmentationDataset, sampler: TrainSampler | EvalSampler) -> DataLoader[Batch]:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            drop_last=drop_last,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_init_worker if self.num_workers > 0 else None,

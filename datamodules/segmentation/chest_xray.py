@@ -44,8 +44,10 @@ class ChestXrayDataModule(SegmentationDataModule):
     """Radiographs in one folder, and one or several folders of masks with the same file names.
 
     Presets: "jsrt" is JSRT (Shiraishi et al., 2000) with the SCR masks (van Ginneken et al., 2006), which
-    have half the resolution of the images; "montgomery" and "shenzhen" are the tuberculosis sets of Jaeger
-    et al. (2014). Of Shenzhen only a part has masks: images without one are named in the log and left out.
+    have half the resolution of the images; JSRT's own .IMG files are headerless raw data and have to be
+    converted to a format with a head first, for example 16-bit PNG; "montgomery" and "shenzhen" are the
+    tuberculosis sets of Jaeger et al. (2014). Of Shenzhen only a part has masks: images without one are named in the
+    log and left out.
 
     A mirrored radiograph shows a heart on the right, which hardly any patient has. The default
     augmentation therefore never flips; a pipeline of one's own that does should use
@@ -158,8 +160,7 @@ class ChestXrayDataModule(SegmentationDataModule):
             uint8 array [H, W] of class ids.
 
         Raises:
-            OSError: If a file cannot be decoded.
-            ValueError: If a file is no black and white mask, or the masks differ in size.
+            ValueError: If a file cannot be decoded or is no black and white mask, or the masks differ in size.
         """
         return read_parts([(i, path) for (i, _), path in zip(self._folders, pair.masks, strict=True)])
 

@@ -50,6 +50,10 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
         self.with_masks = with_masks
         self.keys = [store.pairs[row].key for row in self.rows]
 
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle only the images of this dataset: workers that are spawned get one copy each."""
+        return {**self.__dict__, "store": self.store.take(self.rows), "rows": list(range(len(self.rows)))}
+
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.rows)

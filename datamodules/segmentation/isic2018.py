@@ -17,7 +17,7 @@ _PARTS: dict[Literal["train", "val", "test"], str] = {
 class ISIC2018DataModule(SegmentationDataModule):
     """ISIC 2018 lesion boundary segmentation (Codella et al., arXiv 1902.03368).
 
-    2594 labelled training images.     The official validation (100) and test (1000) images are used as such
+    2594 labelled training images. The official validation (100) and test (1000) images are used as such
     when their folders are there and `num_labels` is left out; with `num_labels` all images that are not
     labelled are tested on. The superpixels, licence and attribution files of the archives are passed over.
 

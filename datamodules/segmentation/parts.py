@@ -5,9 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from datamodules.segmentation.decoding import UInt8Array, read_raw_mask, to_class_ids
+from datamodules.segmentation.decoding import (
+    DECODE_ERRORS,
+    UInt8Array,
+    open_upright,
+    read_raw_mask,
+    reason_for,
+    to_class_ids,
+)
 
 
 def read_binary_mask(path: Path) -> npt.NDArray[np.bool_]:
@@ -18,21 +24,17 @@ def read_binary_mask(path: Path) -> npt.NDArray[np.bool_]:
             the indices, because writers number black and white as they like.
 
     Returns:
-        Array [height, width], true inside the structure.
+        Array [height, width], true inside the structure; upright if the file has an EXIF orientation.
 
     Raises:
-        OSError: If the file cannot be decoded.
-        ValueError: If it holds other values, naming the file.
+        ValueError: If the file cannot be decoded or holds other values, naming it.
     """
     try:
-        with Image.open(path) as image:
+        with open_upright(path) as image:
             values = np.asarray(image.convert("L"), dtype=np.int64) if image.mode in {"P", "PA"} else None
         mask = to_class_ids(read_raw_mask(path) if values is None else values, num_classes=2)
-    except OSError as error:
-        msg = f"{path.parent.name}/{path.name}: {error}"
-        raise OSError(msg) from error
-    except ValueError as error:
-        msg = f"{path.parent.name}/{path.name}: {error}"
+    except DECODE_ERRORS as error:
+        msg = f"{path.parent.name}/{path.name}: {reason_for(error)}"
         raise ValueError(msg) from error
     return mask > 0
 
@@ -48,8 +50,8 @@ def read_parts(parts: Sequence[tuple[int, Path]]) -> UInt8Array:
         uint8 array [height, width] of class ids, 0 where there is no structure.
 
     Raises:
-        OSError: If a file cannot be decoded.
-        ValueError: If a file is no black and white mask, or the files differ in size, naming the file.
+        ValueError: If a file cannot be decoded or is no black and white mask, or the files differ in
+            size, naming the file.
     """
     whole: UInt8Array | None = None
     for class_id, path in parts:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from datamodules.loading import world
-from datamodules.segmentation.decoding import UInt8Array
+from datamodules.segmentation.decoding import DECODE_ERRORS, UInt8Array, reason_for
 from datamodules.segmentation.pairs import LabelledArrays, Pair, Problem
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,6 @@ _BYTES_PER_PIXEL = 4  # three of the image, one of the mask
 _BAR_AFTER_SECONDS = 2.0
 # Pillow releases the interpreter while it decodes, so threads help; more than this only fight for the disk.
 _MAX_THREADS = 16
-# What a broken or hostile file makes Pillow raise.
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, MemoryError)
 
 
 class Decoded(NamedTuple):
@@ -66,6 +64,23 @@ class ImageStore:
     masks: UInt8Array | None = None
     decode: Decode | None = None
 
+    def take(self, rows: Sequence[int]) -> "ImageStore":
+        """Copy some rows into a store of their own.
+
+        Args:
+            rows: Which images, in their new order.
+
+        Returns:
+            A store of only these.
+        """
+        return ImageStore(
+            [self.pairs[row] for row in rows],
+            [self.sizes[row] for row in rows],
+            None if self.images is None else self.images[list(rows)],
+            None if self.masks is None else self.masks[list(rows)],
+            self.decode,
+        )
+
     def get(self, row: int) -> tuple[UInt8Array, UInt8Array | None]:
         """Return image and mask of a row; they must not be written to.
 
@@ -93,13 +108,6 @@ class ImageStore:
             )
             raise ValueError(msg) from error
         return decoded.image, decoded.mask
-
-
-def reason_for(error: Exception) -> str:
-    """Say in a few words what an exception of a decoder means."""
-    if isinstance(error, ValueError):
-        return str(error)
-    return f"cannot be decoded ({type(error).__name__}: {error})"
 
 
 def store_arrays(arrays: LabelledArrays, image_size: int) -> ImageStore:

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -224,6 +224,35 @@ def test_heads_are_checked_without_cache(tmp_path: Path, damage: Callable[[Path]
     damage(write_folder(tmp_path, 4))
     with pytest.raises(ValueError, match=rf"1 of \d entries[^$]*photo1\.png: .*{message}"):
         FolderSegmentationDataModule(str(tmp_path), image_size=8, cache_megabytes=0).setup()
+
+
+@pytest.mark.parametrize("cache_megabytes", [0, 10])
+def test_images_of_absurd_size_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cache_megabytes: int
+) -> None:
+    write_folder(tmp_path, 4)
+    image, mask = draw_pair(1, 64, 64)
+    Image.fromarray(image).save(tmp_path / "images" / "photo1.png")
+    Image.fromarray(mask).save(tmp_path / "masks" / "photo1.png")
+    # Pillow refuses more than twice this; the others have 24 x 32 pixels.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+
+    def read(on_bad_file: Literal["error", "skip"]) -> dict[str, int]:
+        data = FolderSegmentationDataModule(
+            str(tmp_path),
+            image_size=8,
+            val_share=0,
+            cache_megabytes=cache_megabytes,
+            on_bad_file=on_bad_file,
+            max_bad_share=0.25,
+        )
+        data.setup()
+        return data.counts
+
+    with pytest.raises(ValueError, match=r"1 of 4 entries.*\n.*photo1\.png: cannot be decoded \(DecompressionBomb"):
+        read("error")
+    assert read("skip")["train"] == 3
+    assert "skipped 1 of 4" in caplog.text
 
 
 def test_file_that_breaks_on_access_is_named(tmp_path: Path) -> None:

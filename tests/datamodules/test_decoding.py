@@ -10,7 +10,8 @@ from PIL import Image
 from datamodules.segmentation.decoding import (
     DecodedImage,
     fit_mask,
-    probe_size,
+    open_upright,
+    read_head,
     read_image,
     read_raw_mask,
     to_class_ids,
@@ -91,12 +92,53 @@ UPRIGHT = {
 }
 
 
-@pytest.mark.parametrize("orientation", sorted(UPRIGHT))
-def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
+def tag(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(colour()).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png", 8).pixels, UPRIGHT[orientation](colour()))
+    return exif
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", sorted(UPRIGHT))
+def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(colour()).save(path, exif=tag(orientation), lossless=True)
+    np.testing.assert_array_equal(read_image(path, 8).pixels, UPRIGHT[orientation](colour()))
+    assert read_head(path).orientation == orientation
+
+
+@pytest.mark.parametrize("kind", ["L.png", "P.png", "1.png", "I;16.png", "L.tif", "P.tif", "1.tif", "L.webp"])
+@pytest.mark.parametrize("orientation", sorted(UPRIGHT))
+def test_mask_with_its_own_orientation(tmp_path: Path, orientation: int, kind: str) -> None:
+    mode, suffix = kind.split(".")
+    stored: npt.NDArray[np.uint8] = np.zeros((6, 8), np.uint8)
+    stored[0, :3] = 1
+    path = tmp_path / f"a.{suffix}"
+    image = Image.fromarray(stored.astype(np.uint16)) if mode == "I;16" else Image.fromarray(stored)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 255, 255, 255])
+    elif mode == "1":
+        image = Image.fromarray(stored > 0)
+    image.save(path, exif=tag(orientation), lossless=True)
+    expected = UPRIGHT[orientation](stored[..., None])[..., 0]
+    np.testing.assert_array_equal(read_raw_mask(path) > 0, expected > 0)
+    assert read_head(path).size == expected.shape
+    with open_upright(path) as upright:
+        assert np.asarray(upright).shape[:2] == expected.shape
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
+def test_turned_image_and_mask_that_says_nothing(orientation: int) -> None:
+    square = DecodedImage(np.zeros((8, 8, 3), np.uint8), (8, 8), orientation)
+    message = rf"ambiguous: image has EXIF orientation {orientation} and the mask none; save the image upright"
+    with pytest.raises(ValueError, match=message):
+        fit_mask(np.zeros((8, 8), np.uint8), square, 8, size_may_differ=False)
+    with pytest.raises(ValueError, match=message):
+        fit_mask(np.zeros((4, 4), np.uint8), square, 8, size_may_differ=True)
+    assert fit_mask(np.ones((8, 8), np.uint8), square, 8, size_may_differ=False, is_upright=True).all()
+    oblong = DecodedImage(np.zeros((8, 8, 3), np.uint8), (4, 8), orientation)
+    with pytest.raises(ValueError, match=r"size mismatch: image 8x4, mask 5x5"):
+        fit_mask(np.zeros((5, 5), np.uint8), oblong, 8, size_may_differ=False)
 
 
 def test_mask_of_the_stored_pixels_turns_with_its_image(tmp_path: Path) -> None:
@@ -106,7 +148,7 @@ def test_mask_of_the_stored_pixels_turns_with_its_image(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.fromarray(np.repeat(stored[..., None] * 255, 3, axis=-1)).save(tmp_path / "a.png", exif=exif)
     decoded = read_image(tmp_path / "a.png", 24)
-    assert decoded.original_size == probe_size(tmp_path / "a.png") == (8, 6)
+    assert decoded.original_size == read_head(tmp_path / "a.png").size == (8, 6)
     turned = fit_mask(stored, decoded, 24, size_may_differ=False)
     upright = fit_mask(np.ascontiguousarray(np.rot90(stored, -1)), decoded, 24, size_may_differ=False)
     np.testing.assert_array_equal(turned, upright)

@@ -1,5 +1,6 @@
 """Samplers against the stream they are defined by, and where a root is looked for."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,23 @@ def test_ranks_take_equally_many_steps_and_lose_no_position() -> None:
     assert draws == list(range(48))
 
 
+@pytest.mark.parametrize(("samples", "world_size"), [(None, 1), (21, 1), (None, 2), (50, 3), (5, 1)])
+def test_whole_batches_lose_no_position(samples: int | None, world_size: int) -> None:
+    samplers = [
+        TrainSampler(20, samples, seed=2, batch_size=8, world_size=world_size, rank=rank) for rank in range(world_size)
+    ]
+    length = len(samplers[0])
+    assert length % 8 == 0 or length < 8
+    draws: list[int] = []
+    visits = Counter({index: 0 for index in range(20)})
+    for number in range(50):
+        keys = [key for sampler in samplers for key in epoch(sampler, number)]
+        draws += [key.draw for key in keys]
+        visits.update(key.index for key in keys)
+    assert sorted(draws) == list(range(50 * length * world_size))
+    assert max(visits.values()) - min(visits.values()) <= 1
+
+
 def test_seed_changes_the_order() -> None:
     assert epoch(TrainSampler(20, seed=0), 0) != epoch(TrainSampler(20, seed=1), 0)
 
@@ -77,6 +95,8 @@ def test_sampler_arguments() -> None:
         EvalSampler(0)
     with pytest.raises(ValueError, match=r"`samples_per_epoch` to be at least 1, but got 0"):
         TrainSampler(4, 0)
+    with pytest.raises(ValueError, match=r"`batch_size` to be at least 1, but got 0"):
+        TrainSampler(4, batch_size=0)
     with pytest.raises(ValueError, match=r"`rank` to be in \[0, 2\), but got 2"):
         TrainSampler(4, world_size=2, rank=2)
 

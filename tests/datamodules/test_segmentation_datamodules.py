@@ -24,6 +24,7 @@ from datamodules import (
     SampleKey,
     SegmentationDataModule,
     SegmentationDataset,
+    TrainSampler,
 )
 from datamodules.segmentation.decoding import read_raw_mask
 
@@ -201,7 +202,7 @@ def test_evaluation_is_not_augmented_and_fillers_are_ignorable(fake_data: Path) 
     assert not (test[0]["mask"] == 255).any()
 
 
-def test_last_short_batch_is_dropped_only_behind_a_full_one(fake_data: Path) -> None:
+def test_last_batch_is_short_only_if_it_is_the_only_one(fake_data: Path) -> None:
     def sizes(batch_size: int) -> list[int]:
         data = FolderSegmentationDataModule(str(fake_data / "folder"), image_size=8, batch_size=batch_size, val_share=0)
         data.setup()
@@ -210,6 +211,20 @@ def test_last_short_batch_is_dropped_only_behind_a_full_one(fake_data: Path) -> 
     assert sizes(4) == [4]
     assert sizes(6) == [6]
     assert sizes(32) == [6]
+
+
+def test_a_loader_shows_every_image_equally_often(fake_data: Path) -> None:
+    data = FolderSegmentationDataModule(str(fake_data / "folder"), image_size=8, batch_size=4, val_share=0)
+    data.setup()
+    loader = data.train_dataloader()
+    visits = Counter({index: 0 for index in range(6)})
+    for number in range(20):
+        assert isinstance(loader.sampler, TrainSampler)
+        loader.sampler.set_epoch(number)
+        for batch in loader:
+            assert len(batch["index"]) == 4
+            visits.update(batch["index"].tolist())
+    assert set(visits.values()) == {13, 14}
 
 
 def test_setup_decodes_once(fake_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

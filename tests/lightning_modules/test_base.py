@@ -128,6 +128,14 @@ def test_a_network_without_a_known_head_cannot_have_two_learning_rates() -> None
         model.configure_optimizers()
 
 
+def test_a_schedule_that_overrides_the_trunks_learning_rate_is_refused() -> None:
+    one_cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=10)
+    with pytest.raises(ValueError, match=r"keeps `trunk_lr_scale` 0.1, but OneCycleLR sets one rate for all"):
+        _segmenter(tiny_unet(), trunk_lr_scale=0.1, lr_scheduler=one_cycle).configure_optimizers()
+    one_cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=[1e-4, 1e-3], total_steps=10)
+    _segmenter(tiny_unet(), trunk_lr_scale=0.1, lr_scheduler=one_cycle).configure_optimizers()
+
+
 def test_schedules_step_with_the_optimiser_and_plateaus_with_the_epoch(tmp_path: Path) -> None:
     model = _segmenter(Segmenter(), lr_scheduler=partial(LambdaLR, lr_lambda=lambda step: 0.5**step))
     trainer = _fit(model, tmp_path)

@@ -63,7 +63,7 @@ def test_another_trunk_is_refused_with_names_and_shapes_and_changes_nothing() ->
     other = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
     weights = {f"encoder.{name}": value for name, value in other.state_dict().items()}
     with pytest.raises(ValueError, match=r"tensors of file differ: .*absent -> .*; give `network` the arguments"):
-        load_trunk_and_head(network, weights, "segmentation_head", 0, "file")
+        load_trunk_and_head(network, weights, "segmentation_head", 0, True, "file")
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 

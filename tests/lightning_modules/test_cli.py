@@ -1,17 +1,20 @@
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from cli_runs import write
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped] # publishes no types
     EventAccumulator,
 )
 
 from lightning_modules.cli import main
-from lightning_modules.lightning_cli import FewlightCLI, overlays_last
+from lightning_modules.command_line import overlays_last
+from lightning_modules.lightning_cli import FewlightCLI
 
 
 @pytest.fixture(autouse=True)
@@ -93,9 +96,7 @@ def test_a_fit_goes_on_from_its_last_checkpoint_bit_equal(tmp_path: Path, capsys
     _run("fit", "--config", halves, "--trainer.max_epochs", "1", "--ckpt_path", "last")
     assert "starting from the beginning" in capsys.readouterr().out
     resumed = _run("fit", "--config", halves, "--ckpt_path", "last")
-    assert (
-        "going on from runs/halves/checkpoints/last.ckpt (written by another configuration)" in capsys.readouterr().out
-    )
+    assert "going on from runs/halves/checkpoints/last.ckpt" in capsys.readouterr().out
     assert resumed.trainer.global_step == straight.trainer.global_step == 12
     expected = straight.model.state_dict()
     assert any(name.startswith("ema.module.") for name in expected)
@@ -104,6 +105,105 @@ def test_a_fit_goes_on_from_its_last_checkpoint_bit_equal(tmp_path: Path, capsys
     optimizers = [cli.trainer.optimizers[0].state_dict()["state"] for cli in (straight, resumed)]
     for key, state in optimizers[0].items():
         assert torch.equal(state["exp_avg"], optimizers[1][key]["exp_avg"])
+
+
+def test_a_saved_config_of_a_resumed_run_starts_anew(tmp_path: Path) -> None:
+    config = write(tmp_path, "a")
+    _run("fit", "--config", config)
+    before = json.loads((tmp_path / "runs/a/manifest.json").read_text())
+    _run("fit", "--config", config, "--ckpt_path", "last")
+    assert json.loads((tmp_path / "runs/a/manifest.json").read_text())["metrics"] == before["metrics"]
+    saved = yaml.safe_load((tmp_path / "runs/a/config.yaml").read_text())
+    assert saved["ckpt_path"] is None
+    assert saved["vars"] == {}
+
+
+def test_the_last_checkpoint_of_another_configuration_is_not_gone_on_from(tmp_path: Path) -> None:
+    config = write(tmp_path, "a")
+    _run("fit", "--config", config)
+    other = ("fit", "--config", config, "--model.init_args.mask_weight", "0.5")
+    with pytest.raises(ValueError, match=r"differs in model.init_args.mask_weight: 0.0001 -> 0.5. Leave --ckpt_path"):
+        _run(*other, "--ckpt_path", "last")
+    # By its name it is: whoever gives that knows what is asked for, and the manifest says so.
+    _run(*other, "--ckpt_path", "runs/a/checkpoints/last.ckpt", "--trainer.default_root_dir", "runs/b")
+    assert json.loads((tmp_path / "runs/b/manifest.json").read_text())["resumed_from"].endswith(
+        "runs/a/checkpoints/last.ckpt"
+    )
+
+
+def test_a_run_that_max_time_ends_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path, "a", trainer__max_epochs=100_000, trainer__max_time="00:00:00:01", test_after_fit=True)
+    _run("fit", "--config", config)
+    assert "max_time is over" in capsys.readouterr().out
+    assert (tmp_path / "runs/a/checkpoints/last.ckpt").is_file()
+    assert not (tmp_path / "runs/a/manifest.json").exists()
+
+
+def test_sigterm_ends_with_its_own_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(*_: object, **__: object) -> None:
+        raise SIGTERMException
+
+    monkeypatch.setattr(FewlightCLI, "_fit_and_test", terminated)
+    with pytest.raises(SystemExit) as stopped:
+        _run("fit", "--config", write(tmp_path, "a"))
+    assert stopped.value.code == 143
+
+
+def test_testing_on_another_split_than_the_one_trained_with_is_said(tmp_path: Path) -> None:
+    config = write(tmp_path, "a")
+    _run("fit", "--config", config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*(num_workers|isinstance|DistributedSampler).*")
+        _run("test", "--config", config)
+    with pytest.warns(UserWarning, match="trained on other data, or on another split"):
+        _run("test", "--config", config, "--data.init_args.labels_seed", "1")
+
+
+def test_validating_without_validation_images_is_an_error(tmp_path: Path) -> None:
+    config = write(tmp_path, "a")
+    _run("fit", "--config", config)
+    with pytest.raises(ValueError, match=r"Expected validation images, got none; raise data.init_args.val_share"):
+        _run("validate", "--config", config)
+
+
+def test_a_mistake_of_the_last_fit_shows_before_its_stages_run(tmp_path: Path) -> None:
+    write(tmp_path, "stage")
+    config = write(tmp_path, "a", stages=["stage.yaml"], model__init_args__init_from="runs/other/checkpoints/last.ckpt")
+    with pytest.raises(
+        FileNotFoundError, match=r"`init_from` to be a checkpoint file, but there is none at runs/other"
+    ):
+        _run("fit", "--config", config)
+    ph2 = ("--data", "PH2DataModule", "--data.init_args.root", "nowhere")
+    with pytest.raises(FileNotFoundError, match="`root` to be a folder"):
+        _run("fit", "--config", config, "--model.init_args.init_from", "null", *ph2)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_fast_dev_run_runs_no_stages(tmp_path: Path) -> None:
+    write(tmp_path, "stage")
+    _run("fit", "--config", write(tmp_path, "a", stages=["stage.yaml"], trainer__fast_dev_run=True))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"stages": ["stage.yaml"]}, "without a circle"),
+        (
+            {"trainer__default_root_dir": "${runs}/a"},
+            "`trainer.default_root_dir` of its own for every stage, got runs/a",
+        ),
+    ],
+)
+def test_stages_in_a_circle_or_in_one_directory_are_refused(
+    stage: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, "stage", **stage)
+    with pytest.raises(SystemExit) as stopped:
+        _run("fit", "--config", write(tmp_path, "a", stages=["stage.yaml"]))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_test_and_predict_take_the_last_checkpoint_by_default(
@@ -199,6 +299,7 @@ def test_fast_dev_run_touches_no_files(tmp_path: Path) -> None:
         (["--model.class_path", "HybridSegmentaton"], "HybridSegmentaton"),
         (["--model.init_args.objective", "hybird"], "hybird"),
         (["--model.init_args.lrr", "1"], "lrr"),
+        (["--vars.stepps", "1"], "`--vars.NAME` with a NAME of the configs (), got stepps"),
         (["--overlay", "nowhere.yaml"], "`--overlay` to be a YAML file, but there is none at nowhere.yaml"),
         (["--stages", "[nowhere.yaml]"], "nowhere.yaml"),
     ],
@@ -221,6 +322,13 @@ def test_a_checkpoint_that_is_not_one_is_refused_before_anything_runs(command: s
     with pytest.raises(FileNotFoundError, match=r"`ckpt_path` to be a checkpoint file, but there is none at gone.ckpt"):
         _run(command, "--config", write(tmp_path, "a"), "--ckpt_path", "gone.ckpt")
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_sub_command_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        _run("--config", "a.yaml", "fit")
+    assert stopped.value.code == 2
+    assert "expected a sub-command first (fit, validate, test, predict), got --config" in capsys.readouterr().err
 
 
 def test_testing_without_any_checkpoint_says_where_it_looked(tmp_path: Path) -> None:

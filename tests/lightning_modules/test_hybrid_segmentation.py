@@ -1,7 +1,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import pytorch_lightning as pl
@@ -299,6 +299,34 @@ def test_other_classes_replace_the_last_layer_only_and_keep_its_image_rows(
     )
 
 
+def test_a_last_layer_of_the_same_size_that_means_something_else_is_replaced(tmp_path: Path) -> None:
+    source = HybridSegmentation(tiny_unet(out_channels=5), 5, objective="supervised", optimizer=adamw)
+    path = _save(source, tmp_path)
+    model = HybridSegmentation(tiny_unet(out_channels=5), 2)
+    before = model.network.state_dict()["unet.conv_out.weight"].clone()
+    model.load_network(path)
+    assert torch.equal(model.network.state_dict()["unet.conv_out.weight"], before)
+    assert torch.equal(
+        model.network.state_dict()["unet.conv_in.weight"], source.ema_network.state_dict()["unet.conv_in.weight"]
+    )
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_segmentation_is_the_same_twice_and_leaves_the_mode_alone(ema_decay: float) -> None:
+    model = HybridSegmentation(tiny_unet(dropout=0.5), 2, ema_decay=ema_decay).train()
+    image = _batch()["image"]
+    first, second = model.segment(image), model.segment(image)
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+    assert model.network.training
+
+
+def test_weights_in_16_bits_are_refused(tmp_path: Path) -> None:
+    model = HybridSegmentation(tiny_unet(), 2, optimizer=adamw)
+    with pytest.raises(ValueError, match=r"weights in 32 bits, got bf16-true: .* use bf16-mixed"):
+        _trainer(tmp_path, precision="bf16-true").fit(model, squares_loader())
+
+
 def test_a_checkpoint_with_other_classes_is_refused_for_resume(tmp_path: Path) -> None:
     path = _save(HybridSegmentation(tiny_unet(), 2, optimizer=adamw), tmp_path)
     model = HybridSegmentation(tiny_unet(out_channels=7), 4, optimizer=adamw)
@@ -314,6 +342,14 @@ def test_a_checkpoint_with_other_classes_is_refused_for_resume(tmp_path: Path) -
         (lambda: HybridSegmentation(tiny_unet(), 2, num_level_bins=0), "`num_level_bins` >= 1"),
         (lambda: HybridSegmentation(tiny_unet(), 2, ema_decay=1.0), r"`ema_decay` in \[0, 1\), got 1.0"),
         (lambda: HybridSegmentation(tiny_unet(), 2, trunk_lr_scale=0.0), "positive `trunk_lr_scale`"),
+        (
+            lambda: HybridSegmentation(tiny_unet(), 2, objective=cast("Any", "hybird")),
+            "`objective` to be one of hybrid, .*'hybird'",
+        ),
+        (
+            lambda: HybridSegmentation(tiny_unet(), 2, mask_loss=cast("Any", "dice")),
+            "`mask_loss` to be one of mse, ce, dice_ce",
+        ),
         (lambda: HybridSegmentation(tiny_unet(4), 2), "5 output channels for objective 'hybrid'.* got 4"),
         (lambda: HybridSegmentation(Segmenter(), 2), "Segmenter without a time input; use ADMUNet"),
     ],

@@ -25,19 +25,6 @@ def _stage(tmp_path: Path, name: str, config_hash: str) -> stages.Stage:
     return stages.Stage(tmp_path / f"{name}.yaml", tmp_path / name, config_hash, ("--config", f"{name}.yaml"))
 
 
-def test_the_hash_is_of_the_values_the_stages_and_the_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FEWLIGHT_DATA", raising=False)
-    first = stages.hash_config({"a": 1, "b": {"c": 2}}, [])
-    assert first == stages.hash_config({"b": {"c": 2}, "a": 1}, [])
-    monkeypatch.setenv("FEWLIGHT_DATA", "/somewhere")
-    others = [
-        stages.hash_config({"a": 1, "b": {"c": 3}}, []),
-        stages.hash_config({"a": 1, "b": {"c": 2}}, ["stage"]),
-        stages.hash_config({"a": 1, "b": {"c": 2}}, []),
-    ]
-    assert len({first, *others}) == 4
-
-
 def test_a_run_is_done_only_with_its_hash_and_its_checkpoint(tmp_path: Path) -> None:
     assert not stages.is_done(tmp_path, "h")
     _finish(tmp_path, "h")
@@ -73,11 +60,40 @@ def test_a_previous_run_is_moved_aside_and_the_users_files_stay(tmp_path: Path) 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "previous"]
 
 
-def test_what_a_run_left_before_its_first_checkpoint_is_cleared(tmp_path: Path) -> None:
+def test_nothing_of_the_users_is_ever_deleted(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "other.pth").write_text("weights")
     (tmp_path / "config.yaml").write_text("x: 1")
+    aside = stages.set_previous_run_aside(tmp_path)
+    assert aside is not None
+    assert (aside / "checkpoints" / "other.pth").read_text() == "weights"
+    assert (aside / "config.yaml").read_text() == "x: 1"
     assert stages.set_previous_run_aside(tmp_path) is None
-    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_not_done_when_what_it_started_from_has_changed(tmp_path: Path) -> None:
+    source = tmp_path / "source.ckpt"
+    source.write_bytes(b"first")
+    _finish(tmp_path, "h")
+    manifest = stages.read_manifest(tmp_path)
+    assert manifest is not None
+    stages.write_manifest(tmp_path, manifest | {"inputs": {str(source): file_sha256(source)}})
+    assert stages.is_done(tmp_path, "h")
+    source.write_bytes(b"second")
+    assert not stages.is_done(tmp_path, "h")
+    stages.write_manifest(tmp_path, manifest | {"resumed_from": "elsewhere.ckpt"})
+    assert not stages.is_done(tmp_path, "h")
+
+
+def test_a_run_that_made_no_step_gives_the_directory_back(tmp_path: Path) -> None:
+    _finish(tmp_path, "h", b"old")
+    aside = stages.set_previous_run_aside(tmp_path)
+    assert aside is not None
+    (tmp_path / "config.yaml").write_text("new")
+    stages.bring_back(tmp_path, aside)
+    assert stages.is_done(tmp_path, "h")
+    assert not (tmp_path / "config.yaml").exists()
+    assert not (tmp_path / "previous").exists()
 
 
 def test_a_run_directory_takes_one_fit_at_a_time(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""The words of a command line, put in the order in which they are to be merged."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import get_loader
+
+
+def overlays_last(args: list[str]) -> list[str]:
+    """Put every `--overlay FILE` behind the last `--config`, and the other flags behind both.
+
+    Each overlay becomes a `--config` that is merged last, and is also remembered under `overlay`, whence the
+    stages get it. Flags win over all files, wherever they stand. `vars` are merged name by name over the files;
+    jsonargparse would replace them as a whole.
+
+    Args:
+        args: A sub-command and what follows it.
+
+    Raises:
+        SystemExit: An overlay does not exist, a file is not a mapping in YAML, or a flag sets a variable that no file
+            names; with code 2.
+    """
+    configs: list[str] = []
+    overlays: list[str] = []
+    flags: list[str] = []
+    words = iter(args[1:])
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in {"--config", "-c", "--overlay"}:
+            if not equals and (value := next(words, "")) == "":
+                flags.append(word)  # argparse then says that its argument is missing
+            else:
+                (overlays if name == "--overlay" else configs).append(value)
+        else:
+            flags.append(word)
+    for overlay in overlays:
+        if not Path(overlay).is_file():
+            refuse(f"expected `--overlay` to be a YAML file, but there is none at {overlay}")
+    files = [word for file in (*configs, *overlays) for word in ("--config", file)]
+    remembered = [f"--overlay+={Path(overlay).resolve()}" for overlay in overlays]
+    values = _merged_vars([*configs, *overlays])
+    _require_known(flags, values)
+    return [args[0], *files, *([f"--vars={json.dumps(values)}"] if values else []), *remembered, *flags]
+
+
+def refuse(problem: str) -> NoReturn:
+    """Say what is wrong with a command line and leave with code 2, as argparse does."""
+    print(f"error: {problem}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _require_known(flags: list[str], values: dict[str, Any]) -> None:
+    for flag in flags:
+        if flag.startswith("--vars."):
+            name = flag.removeprefix("--vars.").partition("=")[0]
+            if name not in values:
+                refuse(f"expected `--vars.NAME` with a NAME of the configs ({', '.join(values)}), got {name}")
+
+
+def _merged_vars(files: list[str]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for file in files:
+        if Path(file).is_file():
+            values = _mapping_in(file).get("vars")
+            merged |= values if isinstance(values, dict) else {}
+    return merged
+
+
+def _mapping_in(file: str) -> dict[str, Any]:
+    """Read a config; jsonargparse does not say in which file it stumbled."""
+    try:
+        content = get_loader("yaml")(Path(file).read_text())
+        problem = None if isinstance(content, dict | None) else f"it holds a {type(content).__name__}"
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = str(error)
+    if problem is not None:
+        refuse(f"expected a YAML file of `key: value` entries at {file}, but {problem}")
+    return content or {}

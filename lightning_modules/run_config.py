@@ -1,0 +1,100 @@
+"""A resolved configuration as plain values: its hash, what differs between two, and the files it reads."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_modules.checkpoints import file_sha256
+
+# What does not change a run's result is left out of its hash: where it writes, what it shows, how fast it reads.
+# `vars` and `runs` have done their work once the configuration is resolved; stages go in by their own hashes.
+_NOT_HASHED = {
+    "": {"config", "ckpt_path", "overlay", "stages", "report", "vars", "runs", "checkpoint"},
+    "trainer": {
+        "default_root_dir",
+        "enable_checkpointing",
+        "enable_model_summary",
+        "enable_progress_bar",
+        "log_every_n_steps",
+        "logger",
+        "profiler",
+    },
+    "data.init_args": {"num_workers", "cache_megabytes", "predict_images"},
+}
+# A run may be gone on with for longer, or tested at its end: the steps so far are the same.
+_MAY_DIFFER = {
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "trainer.max_time",
+    "trainer.min_steps",
+    "trainer.min_epochs",
+    "test_after_fit",
+}
+
+
+def settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a resolved configuration that its result depends on, as `{dotted key: value}`.
+
+    The folder that a relative data root is looked for under, $FEWLIGHT_DATA, is one of them.
+
+    Args:
+        resolved: Sub-command's part of the parsed configuration, as plain nested values.
+    """
+    hidden = {f"{place}.{name}".lstrip(".") for place, names in _NOT_HASHED.items() for name in names}
+    kept = {
+        key: value
+        for key, value in _flat(resolved)
+        if not any(key == name or key.startswith(f"{name}.") for name in hidden)
+    }
+    root, base = kept.get("data.init_args.root"), os.environ.get("FEWLIGHT_DATA")
+    if base and isinstance(root, str) and root and not Path(root).expanduser().is_absolute():
+        kept["FEWLIGHT_DATA"] = str(Path(base).expanduser().resolve())
+    return kept
+
+
+def config_hash(kept: Mapping[str, Any], earlier: Sequence[str]) -> str:
+    """SHA-256 over settings and the hashes of the stages before them.
+
+    Args:
+        kept: What `settings` returned.
+        earlier: Hashes of the stages that come first.
+    """
+    content = {"settings": dict(kept), "stages": list(earlier)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What stands in the way of going on with a run: keys whose values differ, except how long it is to be."""
+    keys = sorted((before.keys() | now.keys()) - _MAY_DIFFER)
+    return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
+
+
+def input_files(kept: Mapping[str, Any]) -> dict[str, str]:
+    """The files that a run starts from, with their SHA-256: checkpoints, and the manifests of artifacts.
+
+    Args:
+        kept: What `settings` returned. Every string in it that is the path of a file, or of a folder with a
+            manifest.json, counts.
+    """
+    found = {}
+    for value in kept.values():
+        if isinstance(value, str) and value:
+            path = Path(value).expanduser()
+            path = path / "manifest.json" if path.is_dir() else path
+            if path.is_file():
+                found[str(path)] = file_sha256(path)
+    return found
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - whatever YAML can hold
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple) and any(isinstance(inner, Mapping) for inner in value):
+        for number, inner in enumerate(value):
+            yield from _flat(inner, f"{key}.{number}")
+    else:
+        yield key, value

@@ -1,0 +1,196 @@
+"""Every file under configs/: says how it is run, can be run, and fits the files it works with."""
+
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cli_runs import NETWORK
+
+from lightning_modules.cli import main
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+OVERLAYS = [path for path in FILES if path.parent.name == "overlays"]
+CONFIGS = [path for path in FILES if path not in OVERLAYS]
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("FEWLIGHT_DATA", raising=False)
+    monkeypatch.setenv("FEWLIGHT_STAGES_RAN", "")
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((ROOT / path).read_text())
+    return content
+
+
+def _stages(config: Path) -> list[Path]:
+    """The fits that a config wants first, relative to the repository; a missing one stays in the list."""
+    return [config.parent / stage for stage in _content(config).get("stages") or ()]
+
+
+def _vars_used(config: Path) -> set[str]:
+    """The values that a config, or a stage of it, takes from `vars`."""
+    used = set(re.findall(r"\$\{vars\.(\w+)\}", (ROOT / config).read_text()))
+    return used.union(*(_vars_used(stage) for stage in _stages(config)))
+
+
+def _is_for(overlay: Path, config: Path) -> bool:
+    """An overlay is for the configs that use any of the `vars` it sets; for all of them when it sets none."""
+    given = set(_content(overlay).get("vars") or ())
+    return not given or bool(given & _vars_used(config))
+
+
+COMBINED = [(config, overlay) for config in CONFIGS for overlay in OVERLAYS if _is_for(overlay, config)]
+ALONE_AND_COMBINED: list[tuple[Path, Path | None]] = [*((config, None) for config in CONFIGS), *COMBINED]
+
+
+@cache
+def _resolved(config: Path, overlay: Path | None) -> dict[str, Any]:
+    return _printed("fit", "--config", str(config), *(["--overlay", str(overlay)] if overlay else []))
+
+
+def _printed(*words: str) -> dict[str, Any]:
+    """What --print_config prints; words that name files of the repository may do so relative to it."""
+    absolute = [str(ROOT / word) if Path(word) in FILES else word for word in words]
+    printed = io.StringIO()
+    with pytest.raises(SystemExit) as stopped, redirect_stdout(printed):
+        main([*absolute, "--print_config"])
+    assert stopped.value.code == 0
+    resolved: dict[str, Any] = yaml.safe_load(printed.getvalue())
+    return resolved
+
+
+def _header(path: Path) -> str:
+    """The comment that a file opens with."""
+    lines = (ROOT / path).read_text().splitlines()
+    end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(line.removeprefix("#") for line in lines[:end])
+
+
+def _commands(path: Path) -> Iterator[tuple[list[str], list[str]]]:
+    """Variables and words of each command of the header; `... --flag` adds flags to the first one."""
+    first: tuple[list[str], list[str]] = ([], [])
+    for line in _header(path).splitlines():
+        if match := re.fullmatch(r"   ((?:\w+=\S+ )*)lightning (.*)", line):
+            first = (match[1].split(), shlex.split(match[2]))
+            yield first
+        elif match := re.fullmatch(r"   \.\.\. (.*)", line):
+            yield first[0], [*first[1], *shlex.split(match[1])]
+
+
+def test_there_are_configs_and_overlays() -> None:
+    assert {"hybrid_isic.yaml", "hybrid_ph2.yaml", "hybrid_lesions.yaml"} <= {path.name for path in CONFIGS}
+    assert {"cpu_32px.yaml", "gpu_128px.yaml"} <= {path.name for path in OVERLAYS}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_opens_with_its_command(path: Path) -> None:
+    assert _header(path).startswith(" "), "a sentence comes first"
+    variables, words = next(_commands(path))
+    assert words[:2] == ["fit", "--config"]
+    base = Path(words[2])
+    if path in OVERLAYS:
+        assert words[3:] == ["--overlay", str(path)]
+        assert (base, path) in COMBINED
+    else:
+        assert words[2] == str(path)
+    # A relative root is only found when $FEWLIGHT_DATA is set.
+    needs_data = "root" in _content(base)["data"]["init_args"] and "--data.init_args.root" not in words
+    assert [variable.split("=")[0] for variable in variables] == ["FEWLIGHT_DATA"] * needs_data
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_each_command_of_a_header_parses(path: Path) -> None:
+    commands = [words for _, words in _commands(path)]
+    for number, words in enumerate(commands):
+        assert str(path) in words
+        if number or path in CONFIGS:  # an overlay's first command is among the combinations below
+            assert _printed(*words)["model"]["class_path"]
+
+
+@pytest.mark.parametrize(("config", "overlay"), COMBINED, ids=str)
+def test_an_overlay_reaches_a_config_and_its_stages(config: Path, overlay: Path) -> None:
+    content = _content(overlay)
+    for path in (config, *_stages(config)):
+        resolved = _resolved(path, overlay)
+        for name, value in content.get("vars", {}).items():
+            assert resolved["vars"][name] == value
+        network = content.get("model", {}).get("init_args", {}).get("network", {}).get("init_args", {})
+        assert {name: resolved["model"]["init_args"]["network"]["init_args"][name] for name in network} == network
+        for name, value in content.get("trainer", {}).items():
+            assert resolved["trainer"][name] == value
+
+
+@pytest.mark.parametrize(("config", "overlay"), ALONE_AND_COMBINED, ids=str)
+def test_the_stages_write_the_checkpoint_that_init_from_names(config: Path, overlay: Path | None) -> None:
+    resolved = _resolved(config, overlay)
+    stages = _stages(config)
+    assert [stage for stage in stages if stage not in CONFIGS] == []
+    folders = [_resolved(stage, overlay)["trainer"]["default_root_dir"] for stage in stages]
+    init_from = resolved["model"]["init_args"]["init_from"]
+    if init_from is not None:
+        # Without stages the header says in words which config comes first.
+        earlier = stages or [path for path in CONFIGS if path.name in _header(config) and path != config]
+        folders_of_earlier = [_resolved(path, overlay)["trainer"]["default_root_dir"] for path in earlier]
+        assert init_from in [f"{folder}/checkpoints/last.ckpt" for folder in folders_of_earlier]
+    everything = [*folders, resolved["trainer"]["default_root_dir"]]
+    assert len(set(everything)) == len(everything), "two fits write into one directory"
+    assert "${" not in yaml.safe_dump(resolved)
+
+
+def _shrink(config: Path, folder: Path) -> Path:
+    """An overlay that makes a config small enough for the fake data: one that only names what the config has."""
+    resolved = _resolved(config, None)
+    data = {"image_size": 16, "batch_size": 2, "num_workers": 0}
+    small = {"num_labels": 4, "num_images": 12}
+    data |= {name: value for name, value in small.items() if resolved["data"]["init_args"].get(name) is not None}
+    assert resolved["model"]["init_args"]["network"]["class_path"].endswith("ADMUNet"), "shrink other networks too"
+    overlay = {
+        "model": {"init_args": {"network": NETWORK, "init_from": None}},
+        "data": {"init_args": data},
+        "trainer": {"accelerator": "cpu", "devices": 1, "precision": "32-true", "fast_dev_run": True},
+    }
+    file = folder / "shrink.yaml"
+    file.write_text(yaml.safe_dump(overlay))
+    return file
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_config_runs_one_step_on_data_in_the_official_layout(
+    config: Path, tmp_path: Path, fake_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEWLIGHT_DATA", str(fake_data))
+    shrink = _shrink(config, tmp_path)
+    cli = main(["fit", "--config", str(ROOT / config), "--overlay", str(shrink), "--stages", "null"])
+    assert cli is not None
+    assert cli.trainer.global_step == 1
+    assert sum(p.numel() for p in cli.model.parameters() if p.requires_grad) < 100_000
+    if _content(config).get("test_after_fit"):
+        assert 0 <= float(cli.trainer.callback_metrics["test_jaccard"]) <= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shrink.yaml"]
+
+
+def _apart_from_what_a_flag_is_for(config: Path) -> str:
+    content = _content(config)
+    content.pop("seed_everything", None)
+    content["trainer"].pop("default_root_dir", None)
+    for name in ("num_labels", "labels_seed", "seed", "images_seed"):
+        content["data"]["init_args"].pop(name, None)
+    return yaml.safe_dump(content)
+
+
+def test_no_file_repeats_another_for_a_seed_or_a_label_count() -> None:
+    assert [path.name for path in FILES if re.search(r"(seed|labels?)_?\d|\d_?(seeds?|labels?)", path.stem)] == []
+    contents = [_apart_from_what_a_flag_is_for(config) for config in CONFIGS]
+    assert len(set(contents)) == len(contents)
