@@ -123,7 +123,7 @@ def test_images_that_differ_in_their_suffix_keep_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "overlay", "message"),
     [
-        (["a.jpg", "a.jpg"], False, r"several for a.jpg, a.jpg; rename"),
+        (["a.jpg", "a.jpg"], False, r"several for a.jpg; rename"),
         (["overlays/a.jpg", "a.jpg"], True, "several for overlays/a"),
         (["../a.jpg"], False, r"paths within a folder, got ../a.jpg"),
         (["/etc/a.jpg"], False, r"paths within a folder, got /etc/a.jpg"),
