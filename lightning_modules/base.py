@@ -199,7 +199,7 @@ class BaseModule(pl.LightningModule):
         """Make the randomness of this batch a function of (run, batch number, rank)."""
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx
         entropy = (self._run_seed or 0, number, self.global_rank)
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed of the run."""
