@@ -1,7 +1,10 @@
 """Networks and data of a few hundred numbers, for tests that train."""
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -76,3 +79,17 @@ class Squares(Dataset[dict[str, Tensor]]):
 
 def squares_loader(size: int = 8, batch_size: int = 4) -> DataLoader[dict[str, Tensor]]:
     return DataLoader(Squares(size), batch_size=batch_size)
+
+
+def tiny_trainer(path: Path, **kwargs: Any) -> pl.Trainer:
+    """One silent epoch on the CPU that writes nothing, unless told otherwise."""
+    options: dict[str, Any] = {
+        "default_root_dir": path,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 1,
+    }
+    return pl.Trainer(**options | kwargs)

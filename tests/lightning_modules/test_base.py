@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from segmentation_models_pytorch import Unet
-from tiny_nets import PointNet, Segmenter, adamw, squares_loader, tiny_unet
+from tiny_nets import PointNet, Segmenter, adamw, squares_loader, tiny_trainer, tiny_unet
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
@@ -16,16 +16,7 @@ from lightning_modules import HybridSegmentation
 
 
 def _fit(model: pl.LightningModule, path: Path, **kwargs: Any) -> pl.Trainer:
-    options: dict[str, Any] = {
-        "default_root_dir": path,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "max_epochs": 2,
-    }
-    trainer = pl.Trainer(**options | kwargs)
+    trainer = tiny_trainer(path, **{"max_epochs": 2} | kwargs)
     trainer.fit(model, squares_loader(), squares_loader())
     return trainer
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 import pytorch_lightning as pl
 import torch
-from tiny_nets import PointNet, Segmenter, Squares, adamw, squares_loader, tiny_unet
+from tiny_nets import PointNet, Segmenter, Squares, adamw, squares_loader, tiny_trainer, tiny_unet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,19 +16,6 @@ from lightning_modules.hybrid_segmentation import Objective
 
 def _batch(size: int = 4) -> dict[str, Tensor]:
     return next(iter(squares_loader(size, size)))
-
-
-def _trainer(path: Path, **kwargs: Any) -> pl.Trainer:
-    options: dict[str, Any] = {
-        "default_root_dir": path,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "max_epochs": 1,
-    }
-    return pl.Trainer(**options | kwargs)
 
 
 def _loss(model: HybridSegmentation, batch: dict[str, Tensor], sigma: Tensor, eps: Tensor | None) -> Tensor:
@@ -96,7 +83,7 @@ def test_the_supervised_step_of_a_training_batch_uses_clean_images(tmp_path: Pat
             return super().forward(x)
 
     model = HybridSegmentation(Spy(), 2, objective="supervised", optimizer=adamw)
-    _trainer(tmp_path).fit(model, squares_loader())
+    tiny_trainer(tmp_path).fit(model, squares_loader())
     assert noisy
     assert max(noisy) == 0
 
@@ -131,7 +118,7 @@ def test_toy_a_reaches_its_loss_floor(tmp_path: Path) -> None:
     )
     pl.seed_everything(0)
     data = _Normal(4096 * 20)
-    _trainer(tmp_path, max_steps=600, max_epochs=-1).fit(model, DataLoader(_Fast(data), batch_size=None))
+    tiny_trainer(tmp_path, max_steps=600, max_epochs=-1).fit(model, DataLoader(_Fast(data), batch_size=None))
     table = model.process.sigma_at(torch.linspace(0, 1, 1001))
     x = _Normal(1000 * 100).x.view(100, 1000)
     generator = torch.Generator().manual_seed(1)
@@ -170,7 +157,7 @@ def test_every_objective_trains_validates_tests_and_predicts(objective: Objectiv
     model = HybridSegmentation(
         tiny_unet(), 2, objective=objective, process=EDMProcess(clean_share=0.25), optimizer=adamw
     )
-    trainer = _trainer(tmp_path, max_epochs=2)
+    trainer = tiny_trainer(tmp_path, max_epochs=2)
     trainer.fit(model, squares_loader(), squares_loader(6, 4))
     logged = dict(trainer.callback_metrics)
     assert ("train_mask_loss/clean" in logged) == (objective != "generative")
@@ -212,7 +199,7 @@ def test_it_learns_squares(tmp_path: Path) -> None:
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
         ema_decay=0.9,
     )
-    trainer = _trainer(tmp_path, max_epochs=10)
+    trainer = tiny_trainer(tmp_path, max_epochs=10)
     trainer.fit(model, squares_loader(32, 8))
     assert trainer.test(model, DataLoader(Squares(64), 32), verbose=False)[0]["test_jaccard"] > 0.95
 
@@ -220,12 +207,12 @@ def test_it_learns_squares(tmp_path: Path) -> None:
 def test_evaluation_does_not_depend_on_batch_size_and_skips_padding(tmp_path: Path) -> None:
     model = HybridSegmentation(tiny_unet(), 2)
     loader = squares_loader(6, 6)
-    alone = _trainer(tmp_path).test(model, squares_loader(6, 2), verbose=False)[0]
+    alone = tiny_trainer(tmp_path).test(model, squares_loader(6, 2), verbose=False)[0]
     batch = next(iter(loader))
     padded = {name: torch.cat([value, value[:2]]) for name, value in batch.items()}
     padded["index"][-2:] = -1
     padded["mask"][-2:] = 255
-    together = _trainer(tmp_path).test(model, DataLoader(_One(padded), batch_size=None), verbose=False)[0]
+    together = tiny_trainer(tmp_path).test(model, DataLoader(_One(padded), batch_size=None), verbose=False)[0]
     assert together == pytest.approx(alone, rel=1e-5)
 
 
@@ -256,7 +243,7 @@ def test_denoise_returns_images_and_probabilities() -> None:
 
 
 def _save(model: HybridSegmentation, path: Path) -> str:
-    trainer = _trainer(path, max_epochs=1)
+    trainer = tiny_trainer(path, max_epochs=1)
     trainer.fit(model, squares_loader())
     trainer.save_checkpoint(path / "model.ckpt")
     return str(path / "model.ckpt")
@@ -272,7 +259,7 @@ def test_fine_tuning_starts_from_the_ema_weights(tmp_path: Path) -> None:
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             start.update({n: p.clone() for n, p in model.network.state_dict().items()})
 
-    _trainer(tmp_path, callbacks=[Start()]).fit(model, squares_loader())
+    tiny_trainer(tmp_path, callbacks=[Start()]).fit(model, squares_loader())
     expected = source.ema_network.state_dict()
     assert all(torch.equal(start[name], expected[name]) for name in expected)
     assert not torch.equal(start["unet.conv_in.weight"], source.network.state_dict()["unet.conv_in.weight"])
@@ -324,14 +311,14 @@ def test_a_segmentation_is_the_same_twice_and_leaves_the_mode_alone(ema_decay: f
 def test_weights_in_16_bits_are_refused(tmp_path: Path) -> None:
     model = HybridSegmentation(tiny_unet(), 2, optimizer=adamw)
     with pytest.raises(ValueError, match=r"weights in 32 bits, got bf16-true: .* use bf16-mixed"):
-        _trainer(tmp_path, precision="bf16-true").fit(model, squares_loader())
+        tiny_trainer(tmp_path, precision="bf16-true").fit(model, squares_loader())
 
 
 def test_a_checkpoint_with_other_classes_is_refused_for_resume(tmp_path: Path) -> None:
     path = _save(HybridSegmentation(tiny_unet(), 2, optimizer=adamw), tmp_path)
     model = HybridSegmentation(tiny_unet(out_channels=7), 4, optimizer=adamw)
     with pytest.raises(ValueError, match=r"`num_classes` = 4, got one with 2; .*init_from"):
-        _trainer(tmp_path).fit(model, squares_loader(), ckpt_path=path)
+        tiny_trainer(tmp_path).fit(model, squares_loader(), ckpt_path=path)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +360,7 @@ def test_a_loss_that_is_not_finite_stops_the_fit_and_names_step_and_terms(tmp_pa
     model = HybridSegmentation(Exploding(), 2, objective="supervised", optimizer=adamw)
     weights = {name: value.clone() for name, value in model.network.named_parameters()}
     with pytest.raises(FloatingPointError, match=r"got nan at step 0 \(train_mask_loss = nan\).*learning rate"):
-        _trainer(tmp_path).fit(model, squares_loader())
+        tiny_trainer(tmp_path).fit(model, squares_loader())
     assert all(torch.equal(weights[name], value) for name, value in model.network.named_parameters())
 
 
