@@ -1,113 +1,221 @@
-"""ISIC 2018 -> PH2 with 20 labels: which pretraining helps? Runs the configs of the README and prints one table.
+"""Which pretraining helps a segmenter that has 5, 10 or 20 labels? Runs the configs of the README and prints tables.
 
     FEWLIGHT_DATA=../shared/data python benchmarks/hybrid_transfer.py --overlay configs/overlays/cpu_32px.yaml
+    python benchmarks/hybrid_transfer.py --task lesions
 
-Every arm is the same network with the same fine-tuning; they differ in what the network did before. Runs that are
-finished are not repeated. One process a core: `--jobs` of them at a time, one thread each.
+The first goes from ISIC 2018 to PH2, the second from generated source lesions to generated target lesions and needs no
+data. Every arm is the same network (but `smp`, a segmentation_models_pytorch UNet) with the same budget; arms differ in
+what the network did before (`scratch`: nothing), methods in what is done with the labels (`vanilla`: the whole network
+is fine-tuned, `ledm`: pixel classifiers on its frozen features). Label seed s starts from pretraining seed
+`--pretrain_seeds`[s mod their number], in every arm, so that arms can be compared in pairs. `--arms` takes any name of
+ARMS below, the variations of the ablation too.
+
+Runs that are finished are not repeated. One process a core: `--jobs` at a time, one thread each.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from statistics import mean, stdev
+from time import monotonic
 
 import yaml
+from transfer_report import Results, differences_table, draw_chart, means_table
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-PRETRAININGS = ("hybrid", "supervised", "generative")
-METRICS = ("test_jaccard", "test_jaccard_isic2018", "test_miou", "test_dice")
+LAST = Path("checkpoints") / "last.ckpt"
+MAIN_ARMS = ("scratch", "smp", "supervised", "generative", "hybrid")
 
 
-def overlay_of(pretraining: str) -> list[str]:
-    """The flags that choose a pretraining; hybrid is what the configs say."""
-    if pretraining == "hybrid":
-        return []
-    return ["--overlay", str(CONFIGS / "overlays" / f"pretraining_{pretraining}.yaml")]
+@dataclass(frozen=True)
+class Task:
+    """The configs of a source and a target domain."""
+
+    source: str
+    target: str
+    ledm: str
+    runs: str
 
 
-def commands(
-    runs: Path, shared: Sequence[str], seeds: Sequence[int], labels: int
-) -> tuple[dict[Path, list[str]], dict[Path, list[str]]]:
-    """The command of each run directory: the pretrainings, and what can run once they are done."""
-    pretrain = {
-        runs / f"isic_{name}": ["fit", "--config", str(CONFIGS / "hybrid_isic.yaml"), *shared, *overlay_of(name)]
-        for name in PRETRAININGS
-    }
-    target = ["--config", str(CONFIGS / "hybrid_ph2.yaml"), *shared]
-    then: dict[Path, list[str]] = {}
+TASKS = {
+    "ph2": Task("hybrid_isic.yaml", "hybrid_ph2.yaml", "ledm_ph2.yaml", "runs"),
+    "lesions": Task("stages/lesions_source.yaml", "hybrid_lesions.yaml", "ledm_lesions.yaml", "runs/lesions"),
+}
+_UNET = {"encoder_name": "resnet18", "encoder_weights": None, "classes": 2}
+SMP = (
+    "--model.init_args.network",
+    json.dumps({"class_path": "segmentation_models_pytorch.Unet", "init_args": _UNET}),
+)
+
+
+def _pretraining(objective: str, *flags: str) -> tuple[str, ...]:
+    return ("--vars.pretraining", objective, *flags)
+
+
+def _process(**arguments: str) -> tuple[str, ...]:
+    return tuple(w for k, v in arguments.items() for w in (f"--model.init_args.process.init_args.{k}", v))
+
+
+# Flags of the fit on the source domain.
+PRETRAININGS: dict[str, tuple[str, ...]] = {
+    **{name: _pretraining(name) for name in ("hybrid", "supervised", "generative")},
+    "smp": _pretraining("supervised", *SMP),
+    "hybrid_paper_weight": _pretraining("hybrid", "--vars.mask_weight", "1e-4", "--vars.mask_loss", "mse"),
+    **{f"hybrid_weight_{w}": _pretraining("hybrid", "--vars.mask_weight", w) for w in ("0.01", "0.1", "1", "3")},
+    **{f"hybrid_mse_{w}": _pretraining("hybrid", "--vars.mask_weight", w, "--vars.mask_loss", "mse") for w in ("1",)},
+    **{f"hybrid_clean_{c}": _pretraining("hybrid", *_process(clean_share=c)) for c in ("0", "0.25", "0.75")},
+    "hybrid_linear": _pretraining("hybrid", *_process(schedule="linear")),
+    "hybrid_edm": _pretraining("hybrid", "--model.init_args.process", "EDMProcess", *_process(clean_share="0.5")),
+    **{
+        f"{name}_4000_steps": _pretraining(name, "--vars.pretrain_steps", "4000")
+        for name in ("hybrid", "supervised", "generative")
+    },
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Where the weights come from, and flags of the fit on the target domain."""
+
+    pretraining: str | None
+    flags: tuple[str, ...] = ()
+
+
+# Fine-tuning goes on denoising, on the labelled images; half of them are shown clean.
+_KEEP_DENOISING = ("--model.init_args.objective", "hybrid", "--model.init_args.mask_loss", "ce")
+ARMS: dict[str, Arm] = {
+    "scratch": Arm(None),
+    **{name: Arm(name, SMP if name == "smp" else ()) for name in PRETRAININGS},
+    **{f"{a}_lr_{r}": Arm(a, ("--vars.finetune_lr", r)) for a in ("hybrid", "supervised") for r in ("2e-4", "1e-3")},
+    **{
+        f"{a}_trunk_lr_{r}": Arm(a, ("--model.init_args.trunk_lr_scale", r))
+        for a in ("hybrid", "supervised")
+        for r in ("0.1", "0.3")
+    },
+    "hybrid_no_augmentation": Arm("hybrid", ("--data.init_args.train_transform", "albumentations.Compose")),
+    "hybrid_keeps_denoising": Arm("hybrid", (*_KEEP_DENOISING, "--model.init_args.mask_weight", "1")),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command line and the directory that it fills."""
+
+    place: Path
+    words: tuple[str, ...]
+
+
+def pretraining_jobs(
+    task: Task, root: Path, shared: Sequence[str], names: Sequence[str], seeds: Sequence[int]
+) -> list[Job]:
+    """The fits on the source domain."""
+    jobs = []
     for seed in seeds:
-        folder = f"labels_{labels}_seed_{seed}"
-        choice = ["--data.init_args.labels_seed", str(seed), "--data.init_args.num_labels", str(labels)]
-        scratch = ["--stages", "null", "--model.init_args.init_from", "null", "--vars.pretraining", "scratch"]
-        then[runs / "ph2_scratch" / folder] = ["fit", *target, *scratch, *choice]
-        for name in PRETRAININGS:
-            then[runs / f"ph2_{name}" / folder] = ["fit", *target, *overlay_of(name), *choice]
-        for name in ("hybrid", "supervised"):
-            place = runs / f"ph2_{name}_before_fine_tuning" / folder
-            weights = ["--ckpt_path", str(runs / f"isic_{name}" / "checkpoints" / "last.ckpt")]
-            then[place] = ["test", *target, *choice, *weights, "--trainer.default_root_dir", str(place)]
-    return pretrain, then
+        for name in names:
+            place = root / "pretrained" / f"{name}_seed_{seed}"
+            words = ("fit", "--config", str(CONFIGS / task.source), *shared, *PRETRAININGS[name])
+            jobs.append(Job(place, (*words, "--seed_everything", str(seed), *_in(place))))
+    return jobs
 
 
-def run_all(jobs: dict[Path, list[str]], at_once: int) -> None:
-    """Run what is not finished; a failure stops the script with the output of what failed."""
+def target_job(task: Task, root: Path, shared: Sequence[str], case: tuple[str, str, int, int], pretrained: int) -> Job:
+    """The fit and test on the target domain of one (arm, method, labels, seed)."""
+    name, method, labels, seed = case
+    arm = ARMS[name]
+    place = root / name / method / f"labels_{labels}_seed_{seed}"
+    config = task.ledm if method == "ledm" else task.target
+    start = "null" if arm.pretraining is None else str(_pretrained(root, arm.pretraining, pretrained) / LAST)
+    words = [
+        "fit",
+        "--config",
+        str(CONFIGS / config),
+        *shared,
+        "--stages",
+        "null",
+        "--model.init_args.init_from",
+        start,
+    ]
+    words += ["--data.init_args.num_labels", str(labels), "--data.init_args.labels_seed", str(seed), *_in(place)]
+    if method == "ledm" and arm.pretraining is not None and arm.pretraining.startswith("supervised"):
+        words += ["--model.init_args.sigmas", "[0.0]"]  # it has never seen noise
+    return Job(place, (*words, *arm.flags, "--seed_everything", str(seed)))
 
-    def run(place: Path, arguments: list[str]) -> None:
-        done = place / ("manifest.json" if arguments[0] == "fit" else "metrics.json")
-        if done.is_file():
-            print(f"done before: {place}", flush=True)
-            return
-        command = [sys.executable, "-m", "lightning_modules", *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            msg = f"{shlex.join(command)} failed:\n{result.stdout}\n{result.stderr}"
-            raise RuntimeError(msg)
-        print(f"finished: {place}", flush=True)
 
-    with ThreadPoolExecutor(at_once) as pool:
-        for future in [pool.submit(run, place, arguments) for place, arguments in jobs.items()]:
-            future.result()
+def _pretrained(root: Path, name: str, seed: int) -> Path:
+    return root / "pretrained" / f"{name}_seed_{seed}"
 
 
-def print_table(runs: Path, seeds: Sequence[int], labels: int) -> None:
-    """Mean and standard deviation over the label seeds, and each seed's Jaccard."""
-    arms = ["scratch"]
-    arms += [a for name in PRETRAININGS for a in (f"{name}_before_fine_tuning", name) if (runs / f"ph2_{a}").is_dir()]
-    print(f"| pretraining | {' | '.join(METRICS)} | test_jaccard of each seed |")
-    print("|---" * (len(METRICS) + 2) + "|")
-    for arm in arms:
-        results = [
-            json.loads((runs / f"ph2_{arm}" / f"labels_{labels}_seed_{seed}" / "metrics.json").read_text())
-            for seed in seeds
-        ]
-        cells = []
-        for metric in METRICS:
-            values = [result[metric] for result in results]
-            cells.append(f"{mean(values):.4f} ± {stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}")
-        each = ", ".join(f"{result['test_jaccard']:.4f}" for result in results)
-        print(f"| {arm.replace('_', ' ')} | {' | '.join(cells)} | {each} |")
+def _in(place: Path) -> tuple[str, ...]:
+    return ("--trainer.default_root_dir", str(place), "--trainer.enable_progress_bar", "false")
+
+
+def run(job: Job) -> str:
+    """Run a job in this process unless it is finished; an error carries what it printed."""
+    if (job.place / "manifest.json").is_file():
+        return f"done before: {job.place}"
+    from lightning_modules.cli import main as lightning
+
+    begun, output = monotonic(), StringIO()
+    try:
+        with redirect_stdout(output), redirect_stderr(output):
+            lightning(list(job.words))
+    except (Exception, SystemExit) as error:
+        msg = f"lightning {' '.join(job.words)} failed: {error}\n{output.getvalue()[-3000:]}"
+        raise RuntimeError(msg) from None
+    return f"finished in {monotonic() - begun:.0f} s: {job.place}"
+
+
+def run_all(jobs: Sequence[Job], at_once: int) -> None:
+    """Run jobs in fresh processes with one thread each, and say when each is done."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "FEWLIGHT_STAGES_RAN": ""}
+    with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for number, line in enumerate(pool.map(run, jobs), 1):
+            print(f"{number}/{len(jobs)} {line}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--overlay", type=Path, required=True, help="the size of the runs, from configs/overlays")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--labels", type=int, default=20)
+    parser.add_argument("--task", choices=TASKS, default="ph2")
+    parser.add_argument("--overlay", type=Path, help="the size of the runs, from configs/overlays")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(MAIN_ARMS))
+    parser.add_argument("--methods", nargs="+", choices=("vanilla", "ledm"), default=["vanilla", "ledm"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="which images are labelled")
+    parser.add_argument("--pretrain_seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--labels", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--chart", type=Path, help="write the picture of the README here, as SVG")
     args = parser.parse_args()
-    runs = Path(yaml.safe_load(args.overlay.read_text())["runs"])
-    pretrain, then = commands(runs, ["--overlay", str(args.overlay)], args.seeds, args.labels)
-    run_all(pretrain, args.jobs)
-    run_all(then, args.jobs)
-    print_table(runs, args.seeds, args.labels)
+    task, shared = TASKS[args.task], ["--overlay", str(args.overlay)] if args.overlay else []
+    runs = yaml.safe_load(args.overlay.read_text()).get("runs", task.runs) if args.overlay else task.runs
+    root = Path(runs) / "transfer" / args.task
+    needed = dict.fromkeys(p for arm in args.arms if (p := ARMS[arm].pretraining) is not None)
+    run_all(pretraining_jobs(task, root, shared, list(needed), args.pretrain_seeds), args.jobs)
+    cases = [
+        (arm, method, labels, seed)
+        for labels in args.labels
+        for seed in args.seeds
+        for method in args.methods
+        for arm in args.arms
+        if not (method == "ledm" and arm == "smp")  # its features know no noise level and have other shapes
+    ]
+    jobs = {
+        case: target_job(task, root, shared, case, args.pretrain_seeds[case[3] % len(args.pretrain_seeds)])
+        for case in cases
+    }
+    run_all(list(jobs.values()), args.jobs)
+    results: Results = {case: json.loads((job.place / "metrics.json").read_text()) for case, job in jobs.items()}
+    print(means_table(results))
+    print(differences_table(results))
+    if args.chart:
+        args.chart.write_text(draw_chart(results))
 
 
 if __name__ == "__main__":

@@ -7,32 +7,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from callbacks.atomic import write_atomically, write_json_atomically
     from callbacks.image_grid import DenoisingGrid, SegmentationGrid
     from callbacks.mask_writer import MaskWriter
     from callbacks.metrics_report import MetricsReport, print_metrics_table
+    from callbacks.reliability_diagram import ReliabilityDiagram
     from callbacks.stage_transition import StageTransition
+    from callbacks.synthetic_image_writer import SyntheticImageWriter
+    from callbacks.uncertainty_grid import UncertaintyGrid
 
 __all__ = [
     "DenoisingGrid",
     "MaskWriter",
     "MetricsReport",
+    "ReliabilityDiagram",
     "SegmentationGrid",
     "StageTransition",
+    "SyntheticImageWriter",
+    "UncertaintyGrid",
     "print_metrics_table",
-    "write_atomically",
-    "write_json_atomically",
 ]
 
 _HOMES = {
     "DenoisingGrid": "callbacks.image_grid",
     "MaskWriter": "callbacks.mask_writer",
     "MetricsReport": "callbacks.metrics_report",
+    "ReliabilityDiagram": "callbacks.reliability_diagram",
     "SegmentationGrid": "callbacks.image_grid",
     "StageTransition": "callbacks.stage_transition",
+    "SyntheticImageWriter": "callbacks.synthetic_image_writer",
+    "UncertaintyGrid": "callbacks.uncertainty_grid",
     "print_metrics_table": "callbacks.metrics_report",
-    "write_atomically": "callbacks.atomic",
-    "write_json_atomically": "callbacks.atomic",
 }
 
 

@@ -17,6 +17,16 @@ Pixels = npt.NDArray[np.uint8]
 TRUTH: Color = (0, 220, 90)
 PREDICTION: Color = (255, 40, 60)
 IGNORED = 255
+# From black over red to white: the lightness rises evenly, so that grey prints and the colour-blind see the order.
+_HEAT: tuple[Color, ...] = (
+    (3, 2, 12),
+    (56, 0, 77),
+    (134, 0, 93),
+    (205, 0, 66),
+    (241, 105, 25),
+    (242, 187, 106),
+    (248, 247, 224),
+)
 _GAP = 4
 _HEADER = 24
 _PAPER = 24
@@ -135,6 +145,46 @@ def tint(image: Pixels, labels: Tensor, classes: int) -> Pixels:
     colors = (class_colors(classes)[known] * 255).numpy()
     tinted = np.where((known > 0).numpy()[..., None], 0.55 * image + 0.45 * colors, image)
     return tinted.astype(np.uint8)
+
+
+def heat(x: Tensor, top: float) -> Pixels:
+    """Colour values from black (0) over red to white.
+
+    Args:
+        x: [H, W]; values outside [0, top] get the colour of the nearer end, NaN that of 0.
+        top: The value of the lightest colour; if it is 0, everything is black.
+
+    Returns:
+        [H, W, 3].
+    """
+    values = x.detach().double().cpu().nan_to_num().clamp(0, top).numpy() / (top or 1.0)
+    stops = np.linspace(0, 1, len(_HEAT))
+    channels = [np.interp(values, stops, channel).round() for channel in zip(*_HEAT, strict=True)]
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+def color_bar(width: int, top: float, text: str) -> Pixels:
+    """Draw the colours of `heat` from left to right, with their values.
+
+    Args:
+        width: Width of the result; that of a `sheet` to put it below.
+        top: The value of the lightest colour.
+        text: What the values mean, one line.
+
+    Returns:
+        [height, width, 3].
+    """
+    inner = width - 2 * _GAP
+    paper = np.full((3 * _HEADER, width, 3), _PAPER, np.uint8)
+    paper[_HEADER : 2 * _HEADER, _GAP : _GAP + inner] = heat(torch.linspace(0, 1, inner).expand(_HEADER, -1), 1.0)
+    picture = Image.fromarray(paper)
+    draw = ImageDraw.Draw(picture)
+    _write(draw, _GAP, 4, text)
+    for k in range(5):
+        value = f"{top * k / 4:.3g}"
+        # The first value begins where the bar does, the last one ends with it.
+        _write(draw, round(_GAP + k / 4 * (inner - draw.textlength(value, _font()))), 2 * _HEADER + 2, value)
+    return np.asarray(picture)
 
 
 def captioned(image: Pixels, text: str) -> Pixels:

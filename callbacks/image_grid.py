@@ -45,7 +45,7 @@ class Denoises(Protocol):
         ...
 
 
-class _Grid(pl.Callback):
+class ImageGrid(pl.Callback):
     """Decides when a picture is drawn and from which images; subclasses draw it."""
 
     tag: str
@@ -112,7 +112,7 @@ class _Grid(pl.Callback):
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str, loaders: object) -> None:
         if not trainer.is_global_zero:
             return
-        add_image = _image_sink(trainer)
+        add_image = image_sink(trainer)
         if add_image is None:
             self._say("no logger takes images (TensorBoardLogger does), nothing is drawn.")
             return
@@ -145,7 +145,7 @@ class _Grid(pl.Callback):
             rank_zero_info(f"{type(self).__name__}: {line}")
 
 
-class SegmentationGrid(_Grid):
+class SegmentationGrid(ImageGrid):
     """One row an image: the input, the true outline over it, and the predicted outline.
 
     The images are the first ones of the validation or test data (of the training data, unaugmented, where
@@ -183,7 +183,7 @@ class SegmentationGrid(_Grid):
             self._say("objective 'generative' trains no masks, nothing is drawn.")
             return None
         if not isinstance(pl_module, Segments):
-            raise TypeError(_lacks(pl_module, "segment(image)", type(self)))
+            raise TypeError(lacks_method(pl_module, "segment(image)", type(self)))
         probabilities = pl_module.segment(image)
         classes, labels = probabilities.shape[1], probabilities.argmax(1).cpu()
         rows = []
@@ -199,7 +199,7 @@ class SegmentationGrid(_Grid):
         return sheet(["input", "truth (green)", "prediction (red)"], rows)
 
 
-class DenoisingGrid(_Grid):
+class DenoisingGrid(ImageGrid):
     """Three rows an image: noisy, denoised, predicted mask; one column a noise level.
 
     The noise is the same for all levels and in all pictures. Modules of objective "supervised" do not
@@ -247,7 +247,7 @@ class DenoisingGrid(_Grid):
             self._say("objective 'supervised' does not denoise, nothing is drawn.")
             return None
         if not isinstance(pl_module, Denoises):
-            raise TypeError(_lacks(pl_module, "denoise(image, level, generator)", type(self)))
+            raise TypeError(lacks_method(pl_module, "denoise(image, level, generator)", type(self)))
         # On the CPU and seeded anew: the noise is the same on every machine, and training's own is untouched.
         columns = [pl_module.denoise(image, level, torch.Generator().manual_seed(0)) for level in self.levels]
         rows = []
@@ -266,7 +266,8 @@ class DenoisingGrid(_Grid):
         return sheet(["input and truth", *(f"level {level:g}" for level in self.levels)], rows)
 
 
-def _image_sink(trainer: pl.Trainer) -> Callable[..., object] | None:
+def image_sink(trainer: pl.Trainer) -> Callable[..., object] | None:
+    """`add_image` of the first logger that takes pictures, as TensorBoard's does; None where none does."""
     for logger in trainer.loggers:
         sink: Any = getattr(getattr(logger, "experiment", None), "add_image", None)
         if callable(sink):
@@ -287,7 +288,8 @@ def _evaluating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[
             module.training = mode
 
 
-def _lacks(pl_module: pl.LightningModule, method: str, callback: type) -> str:
+def lacks_method(pl_module: pl.LightningModule, method: str, callback: type) -> str:
+    """What to say of a module without the method that a callback needs."""
     return (
         f"Expected a `model` with a method {method}, got {type(pl_module).__name__}; add it, or take "
         f"{callback.__name__} out of `trainer.callbacks`."

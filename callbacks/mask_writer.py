@@ -1,6 +1,8 @@
-"""Masks of `predict` as image files beside the names of their images."""
+"""Masks of `predict` as image files beside the names of their images, and how sure they are."""
 
+import csv
 import io
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -15,10 +17,12 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from callbacks.atomic import write_atomically
 from callbacks.drawing import PREDICTION, draw_contours
+from datamodules.atomic import write_atomically
 
 _LISTED = 10
+_CONFIDENCE_FILE = "confidence.csv"
+_UNCERTAIN_SHARE = 0.1
 
 
 @runtime_checkable
@@ -43,13 +47,18 @@ class MaskWriter(BasePredictionWriter):
     `a.png.png`. Each process writes the images that it predicted.
 
     `predict_step` has to return `{"probabilities": [B, K, H, W], "index": [B]}`, and the data set needs
-    `keys` and `original_size(index)`.
+    `keys` and `original_size(index)`. Where it returns `confidence` [B] as well, `<output_dir>/confidence.csv` lists
+    the confidence of each image at the end, so that the masks to look at come first when it is sorted; with
+    `uncertainty` [B, H, W], also the mean of its most uncertain tenth of the pixels.
 
     Args:
         output_dir: Folder of the masks; made if missing.
         write_probabilities: Write `probabilities/<name>.npy` as well, float16 [K, height, width].
         overlay: Write `overlays/<name>.png` as well: the image, resized back, with the outline of the mask.
-        overwrite: Replace masks that exist. If not, one that exists is an error before anything is predicted.
+        overwrite: Replace files that exist. If not, a mask or a `confidence.csv` that exists is an error before
+            anything is predicted.
+        write_uncertainty: Write `uncertainty/<name>.png` as well, 8-bit grey: 0 is certain, 255 is log K nats, the
+            most there is with K classes.
     """
 
     def __init__(
@@ -58,16 +67,19 @@ class MaskWriter(BasePredictionWriter):
         write_probabilities: bool = False,
         overlay: bool = False,
         overwrite: bool = True,
+        write_uncertainty: bool = False,
     ) -> None:
         """Nothing is made or written before a prediction."""
         super().__init__(write_interval="batch")
         self.output_dir = Path(output_dir)
         self.write_probabilities = write_probabilities
         self.overlay = overlay
+        self.write_uncertainty = write_uncertainty
         self.overwrite = overwrite
         self._data: list[NamedImages] = []
         self._names: list[list[str]] = []
         self._written = 0
+        self._scores: Tensor = torch.zeros(0, 4)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide on all names, and refuse what cannot be written, before anything is computed.
@@ -79,16 +91,22 @@ class MaskWriter(BasePredictionWriter):
         Raises:
             TypeError: A data set does not name its images.
             ValueError: Two images would get the same mask file, or one a file outside the folder.
-            FileExistsError: A mask exists and `overwrite` is off.
+            FileExistsError: A file exists and `overwrite` is off.
         """
         self._written = 0
         self._data = [_named(loader) for loader in _loaders(trainer.predict_dataloaders)]
-        self._names = _mask_names([list(data.keys) for data in self._data], self.overlay)
+        folders = {"overlays": self.overlay, "uncertainty": self.write_uncertainty}
+        self._names = _mask_names(
+            [list(data.keys) for data in self._data], [name for name, wanted in folders.items() if wanted]
+        )
+        # Of each image: has a confidence, confidence, has an uncertainty, uncertainty.
+        self._scores = torch.zeros(sum(len(names) for names in self._names), 4, dtype=torch.float32)
         if not self.overwrite:
             existing = [n for names in self._names for n in names if (self.output_dir / f"{n}.png").exists()]
+            existing += [_CONFIDENCE_FILE] if (self.output_dir / _CONFIDENCE_FILE).exists() else []
             if existing:
                 msg = (
-                    f"Expected `output_dir` {self.output_dir} without these masks, as `overwrite` is off, "
+                    f"Expected `output_dir` {self.output_dir} without these files, as `overwrite` is off, "
                     f"got {_listed(existing)}; set `overwrite` or choose another folder."
                 )
                 raise FileExistsError(msg)
@@ -117,15 +135,37 @@ class MaskWriter(BasePredictionWriter):
             dataloader_idx: Which loader the batch came from.
 
         Raises:
-            TypeError: The prediction lacks `probabilities` or `index`, or the batch the images to draw over.
-            ValueError: There are more classes than an 8-bit image can hold.
+            TypeError: The prediction lacks something to write, or the batch the images to draw over.
+            ValueError: There are more classes than an 8-bit image can hold, or a shape is wrong.
             OSError: A file could not be written.
         """
+        self._check(prediction, batch, type(pl_module).__name__)
+        data, names = self._data[dataloader_idx], self._names[dataloader_idx]
+        first = sum(len(group) for group in self._names[:dataloader_idx])
+        confidence, uncertainty = prediction.get("confidence"), prediction.get("uncertainty")
+        for i, index in enumerate(prediction["index"].tolist()):
+            if index >= 0:  # -1 is padding
+                image = batch["image"][i] if self.overlay else None
+                doubt = uncertainty[i] if self.write_uncertainty else None
+                self._write(names[index], prediction["probabilities"][i], data.original_size(index), image, doubt)
+                if confidence is not None:
+                    self._scores[first + index, :2] = torch.tensor([1.0, float(confidence[i])])
+                if uncertainty is not None:
+                    self._scores[first + index, 2:] = torch.tensor([1.0, _of_most_uncertain(uncertainty[i])])
+
+    def _check(self, prediction: object, batch: object, module: str) -> None:
+        """Raise if a prediction lacks something that is to be written."""
         if not isinstance(prediction, Mapping) or not {"probabilities", "index"} <= prediction.keys():
             got = sorted(prediction) if isinstance(prediction, Mapping) else type(prediction).__name__
             msg = (
-                f"Expected `predict_step` of {type(pl_module).__name__} to return a dict of `probabilities` "
-                f"and `index`, got {got}; return both, or take MaskWriter out of `trainer.callbacks`."
+                f"Expected `predict_step` of {module} to return a dict of `probabilities` and `index`, got {got}; "
+                "return both, or take MaskWriter out of `trainer.callbacks`."
+            )
+            raise TypeError(msg)
+        if self.write_uncertainty and "uncertainty" not in prediction:
+            msg = (
+                f"Expected `predict_step` of {module} to return `uncertainty` for `write_uncertainty`, got "
+                f"{sorted(prediction)}; return it, or set `write_uncertainty` to false."
             )
             raise TypeError(msg)
         probabilities = prediction["probabilities"]
@@ -135,14 +175,17 @@ class MaskWriter(BasePredictionWriter):
         if self.overlay and not (isinstance(batch, Mapping) and "image" in batch):
             msg = "Expected predict batches to be dicts with `image` for `overlay`, got none; set it to false."
             raise TypeError(msg)
-        data, names = self._data[dataloader_idx], self._names[dataloader_idx]
-        for i, index in enumerate(prediction["index"].tolist()):
-            if index >= 0:  # -1 is padding
-                image = batch["image"][i] if self.overlay else None
-                self._write(names[index], probabilities[i], data.original_size(index), image)
+        batch_size, _, *size = probabilities.shape
+        for name, shape in (("confidence", [batch_size]), ("uncertainty", [batch_size, *size])):
+            if name in prediction and list(prediction[name].shape) != shape:
+                msg = (
+                    f"Expected `{name}` in what `predict_step` of {module} returns to have shape {shape}, got "
+                    f"{list(prediction[name].shape)}; leave it out, or fix it."
+                )
+                raise ValueError(msg)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how many masks were written where.
+        """Write the confidences, and say how many masks were written where.
 
         Args:
             trainer: The trainer.
@@ -150,9 +193,37 @@ class MaskWriter(BasePredictionWriter):
         """
         count = torch.tensor(self._written, device=pl_module.device)
         total = int(trainer.strategy.reduce(count, reduce_op="sum"))
+        # Each process filled the rows of its own images; zeros are added to them.
+        scores = trainer.strategy.reduce(self._scores.to(pl_module.device), reduce_op="sum").cpu()
+        if trainer.is_global_zero:
+            self._write_confidences(scores)
         rank_zero_info(f"MaskWriter: {total} masks written to {self.output_dir}")
 
-    def _write(self, name: str, probabilities: Tensor, size: tuple[int, int], image: Tensor | None) -> None:
+    def _write_confidences(self, scores: Tensor) -> None:
+        """Write the table of all processes' images, if there are any confidences."""
+        keys = [key for data in self._data for key in data.keys]
+        with_uncertainty = bool(scores[:, 2].any())
+        rows = sorted(
+            [key, f"{row[1] / row[0]:.6f}", *([f"{row[3] / row[2]:.6f}" if row[2] else ""] if with_uncertainty else [])]
+            for key, row in zip(keys, scores.tolist(), strict=True)
+            if row[0]
+        )
+        if not rows:
+            return
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["image", "confidence", *(["uncertainty"] if with_uncertainty else [])])
+        writer.writerows(rows)
+        write_atomically(self.output_dir / _CONFIDENCE_FILE, text.getvalue().encode())
+
+    def _write(
+        self,
+        name: str,
+        probabilities: Tensor,
+        size: tuple[int, int],
+        image: Tensor | None,
+        uncertainty: Tensor | None,
+    ) -> None:
         labels = resized_labels(probabilities, size)
         if self.write_probabilities:
             buffer = io.BytesIO()
@@ -163,6 +234,10 @@ class MaskWriter(BasePredictionWriter):
             thickness = max(1, min(size) // 200)
             drawn = draw_contours(pixels.permute(1, 2, 0).cpu().numpy(), labels, PREDICTION, thickness)
             write_atomically(self.output_dir / "overlays" / f"{name}.png", _png(drawn))
+        if uncertainty is not None:
+            share = _resized(uncertainty[None], size)[0] / math.log(len(probabilities))
+            grey = (share.nan_to_num().clamp(0, 1) * 255).round().byte().cpu().numpy()
+            write_atomically(self.output_dir / "uncertainty" / f"{name}.png", _png(grey))
         shown = labels * 255 if len(probabilities) == 2 else labels
         # The mask itself comes last: where it exists, all that belongs to it does.
         write_atomically(self.output_dir / f"{name}.png", _png(shown.byte().numpy()))
@@ -194,6 +269,12 @@ def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     return interpolate(x.detach()[None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
+def _of_most_uncertain(pixels: Tensor) -> float:
+    """Mean of the most uncertain tenth of the pixels [H, W], an image's uncertainty in LEDM (arXiv 2112.03126)."""
+    values = pixels.detach().float().flatten()
+    return float(values.topk(max(1, round(_UNCERTAIN_SHARE * len(values)))).values.mean())
+
+
 def _png(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -222,8 +303,11 @@ def _named(loader: object) -> NamedImages:
     return data
 
 
-def _mask_names(keys: Sequence[Sequence[str]], overlay: bool) -> list[list[str]]:
-    """Name of each mask, without `.png`: that of the image without its suffix, where that is unique."""
+def _mask_names(keys: Sequence[Sequence[str]], folders: Sequence[str]) -> list[list[str]]:
+    """Name of each mask, without `.png`: that of the image without its suffix, where that is unique.
+
+    The folders hold further `.png` files of the same names, which must not be masks as well.
+    """
     flat = [PurePosixPath(key) for group in keys for key in group]
     outside = [str(key) for key in flat if key.is_absolute() or ".." in key.parts]
     if outside:
@@ -233,8 +317,7 @@ def _mask_names(keys: Sequence[Sequence[str]], overlay: bool) -> list[list[str]]
     stems = Counter(_stem(key).casefold() for key in flat)
     names = [[_name(PurePosixPath(key), stems) for key in group] for group in keys]
     counts = Counter(name.casefold() for group in names for name in group)
-    if overlay:
-        counts.update(f"overlays/{name}" for name in list(counts))
+    counts.update([f"{folder}/{name}" for folder in folders for name in counts])
     twice = [name for group in names for name in group if counts[name.casefold()] > 1]
     if twice:
         msg = (

@@ -11,7 +11,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.atomic import write_json_atomically
+from datamodules.atomic import write_json_atomically
 
 Scalar = bool | int | float | str
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 if TYPE_CHECKING:
+    from datamodules.draw_request import DrawRequest
     from datamodules.generated import GeneratedLesionsDataModule, draw_lesions
-    from datamodules.loading import EvalSampler, SampleKey, TrainSampler
+    from datamodules.loading import EvalSampler, MixedTrainSampler, SampleKey, TrainSampler
     from datamodules.partition import labelled_subset, stratified_order
+    from datamodules.sampling import SamplingDataModule
     from datamodules.segmentation.base import SegmentationDataModule
     from datamodules.segmentation.celebamask_hq import CelebAMaskHQDataModule
     from datamodules.segmentation.chest_xray import ChestXrayDataModule
@@ -23,22 +25,27 @@ if TYPE_CHECKING:
     from datamodules.segmentation.isic2018 import ISIC2018DataModule
     from datamodules.segmentation.pairs import LabelledArrays, Pair
     from datamodules.segmentation.ph2 import PH2DataModule
+    from datamodules.synthetic_images import SyntheticImages
     from datamodules.transforms import SwapHorizontalFlip, default_train_transform
 
 __all__ = [
     "CelebAMaskHQDataModule",
     "ChestXrayDataModule",
+    "DrawRequest",
     "EvalSampler",
     "FolderSegmentationDataModule",
     "GeneratedLesionsDataModule",
     "ISIC2018DataModule",
     "LabelledArrays",
+    "MixedTrainSampler",
     "PH2DataModule",
     "Pair",
     "SampleKey",
+    "SamplingDataModule",
     "SegmentationDataModule",
     "SegmentationDataset",
     "SwapHorizontalFlip",
+    "SyntheticImages",
     "TrainSampler",
     "default_train_transform",
     "draw_lesions",
@@ -47,9 +54,11 @@ __all__ = [
 ]
 
 _MODULES = {
+    "datamodules.draw_request": ("DrawRequest",),
     "datamodules.generated": ("GeneratedLesionsDataModule", "draw_lesions"),
-    "datamodules.loading": ("EvalSampler", "SampleKey", "TrainSampler"),
+    "datamodules.loading": ("EvalSampler", "MixedTrainSampler", "SampleKey", "TrainSampler"),
     "datamodules.partition": ("labelled_subset", "stratified_order"),
+    "datamodules.sampling": ("SamplingDataModule",),
     "datamodules.segmentation.base": ("SegmentationDataModule",),
     "datamodules.segmentation.celebamask_hq": ("CelebAMaskHQDataModule",),
     "datamodules.segmentation.chest_xray": ("ChestXrayDataModule",),
@@ -58,6 +67,7 @@ _MODULES = {
     "datamodules.segmentation.isic2018": ("ISIC2018DataModule",),
     "datamodules.segmentation.pairs": ("LabelledArrays", "Pair"),
     "datamodules.segmentation.ph2": ("PH2DataModule",),
+    "datamodules.synthetic_images": ("SyntheticImages",),
     "datamodules.transforms": ("SwapHorizontalFlip", "default_train_transform"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

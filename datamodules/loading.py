@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +71,24 @@ class _ShardSampler(DistributedSampler[Any]):
         self.size = size
 
 
+class _Stream:
+    """Endless seeded permutations of n items; any element can be had without those before it."""
+
+    def __init__(self, size: int, seed: int, salt: tuple[int, ...] = ()) -> None:
+        self.size = size
+        self.seed = seed
+        self.salt = salt
+        self._block = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        block, place = divmod(position, self.size)
+        if block != self._block:
+            self._block = block
+            self._order = np.random.default_rng((self.seed, block, *self.salt)).permutation(self.size)
+        return int(self._order[place])
+
+
 class TrainSampler(_ShardSampler):
     """An endless stream of seeded permutations, cut into epochs of any length.
 
@@ -122,12 +141,72 @@ class TrainSampler(_ShardSampler):
     def __iter__(self) -> Iterator[SampleKey]:
         """Yield this rank's samples of the epoch given to `set_epoch`."""
         start = self.epoch * self.total_size
-        block, order = -1, np.empty(0, dtype=np.int64)
+        stream = _Stream(self.size, self.seed)
         for draw in range(start + self.rank, start + self.total_size, self.num_replicas):
-            if draw // self.size != block:
-                block = draw // self.size
-                order = np.random.default_rng((self.seed, block)).permutation(self.size)
-            yield SampleKey(int(order[draw % self.size]), draw)
+            yield SampleKey(stream[draw], draw)
+
+
+class MixedTrainSampler(TrainSampler):
+    """A share of each batch from a second source, at evenly spaced positions.
+
+    Both sources have an endless stream of seeded permutations of their own, so within a source all images are seen
+    equally often. With W ranks, the samples W k, ..., W k + W - 1 of the training stream are step k of the ranks; they
+    come from the second source where floor((k + 1) share) > floor(k share). Any B samples in a row of any rank hold
+    B share of them within one, and like TrainSampler's an epoch does not depend on the epochs before it.
+
+    Args:
+        size: Number of images of the first source; they have the indices 0 to `size` - 1.
+        extra: Number of images of the second source; their indices follow.
+        share: Share of samples from the second source, in (0, 1).
+        samples_per_epoch: As for TrainSampler; None takes `size` + `extra`.
+        seed: Seed of the permutations.
+        batch_size: Images of a batch on one rank.
+        world_size: Number of processes; None asks torch.distributed.
+        rank: This process; None asks torch.distributed.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        extra: int,
+        share: float,
+        samples_per_epoch: int | None = None,
+        seed: int = 0,
+        batch_size: int = 1,
+        world_size: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        """Check the share."""
+        for name, value in (("size", size), ("extra", extra)):
+            if value < 1:
+                msg = f"Expected argument `{name}` to be at least 1, but got {value}: there is nothing to mix."
+                raise ValueError(msg)
+        if not 0 < share < 1:
+            msg = f"Expected argument `share` to be in (0, 1), but got {share}."
+            raise ValueError(msg)
+        super().__init__(size + extra, samples_per_epoch, seed, batch_size, world_size, rank)
+        self.first = size
+        self.extra = extra
+        # As it is written: the binary number nearest to 0.3 is below it, and positions would drift.
+        self.share = Fraction(str(share))
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        """Yield this rank's samples of the epoch given to `set_epoch`."""
+        first, second = _Stream(self.first, self.seed), _Stream(self.extra, self.seed, salt=(1,))
+        ranks, rank = self.num_replicas, self.rank
+        for step in range(self.epoch * self.num_samples, (self.epoch + 1) * self.num_samples):
+            before = self._second_before(step)
+            if self._second_before(step + 1) > before:
+                index = self.first + second[before * ranks + rank]
+            else:
+                index = first[(step - before) * ranks + rank]
+            yield SampleKey(index, step * ranks + rank)
+
+    def _second_before(self, step: int) -> int:
+        return step * self.share.numerator // self.share.denominator
 
 
 class EvalSampler(_ShardSampler):

@@ -7,19 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.networks.pretrained import WEIGHTS_FILE, read_about, read_arguments, read_weights
+
 
 def load_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
     """Read a Lightning checkpoint with `weights_only=True`: tensors and plain values, never code.
 
     Args:
-        path: The file.
+        path: The file; or, to start from and not to go on with (`ckpt_path`), the folder of an exported network.
         argument: The name of the argument that holds the path, for the error.
+
+    Returns:
+        What the file holds; of a folder, its network and classes as if they stood in a checkpoint.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is not a checkpoint, is truncated, or holds objects that only unpickling could restore.
     """
     file = Path(path)
+    if file.is_dir() and argument != "ckpt_path":
+        return _exported(file, argument)
     if not file.is_file():
         msg = (
             f"Expected `{argument}` to be a checkpoint file, but there is none at {file} (looked in {Path.cwd()}); "
@@ -41,6 +48,32 @@ def load_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
         )
         raise ValueError(msg)
     return checkpoint
+
+
+def _exported(folder: Path, argument: str) -> dict[str, Any]:
+    """An exported network as the part of a checkpoint that it came from."""
+    read_arguments(folder, argument)
+    about = read_about(folder, argument)
+    prefix = "ema.module.unet." if about.get("weights") == "EMA" else "network.unet."
+    return {
+        "state_dict": {f"{prefix}{name}": value for name, value in read_weights(folder, argument).items()},
+        "hyper_parameters": {key: about[key] for key in ("num_classes", "objective") if key in about},
+    }
+
+
+def identifying_file(path: Path) -> Path:
+    """The file that a path stands for: of an artifact its manifest, of an exported network its weights.
+
+    Args:
+        path: A file or a folder.
+
+    Returns:
+        The file; of a folder that holds neither, a name that does not exist.
+    """
+    if not path.is_dir():
+        return path
+    weights = path / WEIGHTS_FILE
+    return weights if weights.is_file() else path / "manifest.json"
 
 
 def network_weights(checkpoint: dict[str, Any], path: str | Path, argument: str) -> tuple[dict[str, Tensor], str]:

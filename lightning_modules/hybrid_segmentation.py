@@ -1,6 +1,6 @@
 """HybridSegmentation: one UNet that denoises an image and predicts its mask."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -8,21 +8,22 @@ import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F  # the name everybody reads
-from torchmetrics import ClasswiseWrapper, MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_modules.base import BaseModule
 from lightning_modules.checkpoints import head_name, load_checkpoint, load_trunk_and_head, network_weights
 from lightning_modules.diffusion.denoisers import JointDenoiser, takes_time
 from lightning_modules.diffusion.noise import NoiseProcess, VPProcess
 from lightning_modules.mask_losses import MaskLoss, mask_loss_per_image, mask_probabilities
+from lightning_modules.mask_module import MaskModule, Split
 from lightning_modules.metrics.binned_mean import BinnedMean
-from lightning_modules.metrics.segmentation import MeanDice, MeanJaccard, PooledJaccard
+from lightning_modules.pair_drawing import draw_pairs
+from lightning_modules.uncertainty import image_confidence
 
 Objective = Literal["hybrid", "supervised", "generative"]
 _Terms = tuple[Tensor | None, Tensor | None]
 
 
-class HybridSegmentation(BaseModule):
+class HybridSegmentation(MaskModule):
     r"""One network F(x_t, t) -> (image, mask), a denoiser and a segmenter at once (Sauvalle & Salzmann, 2024).
 
     The hybrid objective is (arXiv 2408.03433)
@@ -90,9 +91,6 @@ class HybridSegmentation(BaseModule):
     ) -> None:
         super().__init__(network, optimizer, lr_scheduler, ema_decay, trunk_lr_scale)
         self.save_hyperparameters(ignore=["network", "process", "optimizer", "lr_scheduler"])
-        if num_classes < 2:
-            msg = f"Expected `num_classes` >= 2 (background included), got {num_classes}; one lesion class makes 2."
-            raise ValueError(msg)
         if mask_weight < 0:
             msg = f"Expected `mask_weight` >= 0, got {mask_weight}; the paper's value is 1e-4."
             raise ValueError(msg)
@@ -103,7 +101,7 @@ class HybridSegmentation(BaseModule):
         if num_level_bins < 1:
             msg = f"Expected `num_level_bins` >= 1, got {num_level_bins}; 4 is the default."
             raise ValueError(msg)
-        self.num_classes = num_classes
+        self.build_mask_metrics(num_classes)
         self.objective: Objective = objective
         self.process = VPProcess() if process is None else process
         self.mask_weight = mask_weight
@@ -111,8 +109,13 @@ class HybridSegmentation(BaseModule):
         self.image_channels = image_channels
         self.num_level_bins = num_level_bins
         self.init_from = init_from
+        self._goes_on = False
         self._require_fitting_network()
-        self._build_metrics()
+        self.val_losses = MetricCollection({"image": MeanMetric(), "mask": MeanMetric()})
+        self.test_losses = self.val_losses.clone()
+        # One bin for clean images, then equal bins of the noise level.
+        self.image_by_level = BinnedMean(self.num_level_bins + 1)
+        self.mask_by_level = BinnedMean(self.num_level_bins + 1)
 
     def _require_fitting_network(self) -> None:
         """Compare the objective with what the network declares; `_outputs` compares with what it returns."""
@@ -136,26 +139,6 @@ class HybridSegmentation(BaseModule):
                 f"classes, got {channels}; set the network's out_channels (smp: classes)."
             )
             raise ValueError(msg)
-
-    def _build_metrics(self) -> None:
-        labels = [f"class_{k}" for k in range(self.num_classes)]
-        metrics = MetricCollection(
-            {
-                "jaccard": MeanJaccard(self.num_classes),
-                "jaccard_isic2018": MeanJaccard(self.num_classes, threshold=0.65),
-                "dice": MeanDice(self.num_classes),
-                "miou": PooledJaccard(self.num_classes),
-                "iou": ClasswiseWrapper(PooledJaccard(self.num_classes, average="none"), labels=labels, prefix="iou_"),
-            },
-            compute_groups=False,
-        )
-        self.val_metrics = metrics.clone(prefix="val_")
-        self.test_metrics = metrics.clone(prefix="test_")
-        self.val_losses = MetricCollection({"image": MeanMetric(), "mask": MeanMetric()})
-        self.test_losses = self.val_losses.clone()
-        # One bin for clean images, then equal bins of the noise level.
-        self.image_by_level = BinnedMean(self.num_level_bins + 1)
-        self.mask_by_level = BinnedMean(self.num_level_bins + 1)
 
     # ---------------------------------------------------------------- the network
 
@@ -229,11 +212,44 @@ class HybridSegmentation(BaseModule):
         probabilities = mask_probabilities(mask, self.mask_loss)
         return (seen.clamp(-1, 1) + 1) / 2, (denoised.clamp(-1, 1) + 1) / 2, probabilities
 
+    def draw(self, request: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Draw (image, mask) pairs from the joint distribution that the EMA network has learnt.
+
+        Args:
+            request: `seed` [B] int64, one an image: the same seed gives the same pair, in whatever batch; `image_size`;
+                `sampler`, a SamplerName; `num_steps` of it.
+
+        Returns:
+            image [B, C, H, W] in [0, 1], mask [B, H, W] of class ids, probabilities [B, K, H, W], confidence [B],
+            seed [B].
+
+        Raises:
+            ValueError: The module was not trained for both images and masks.
+        """
+        if self.objective != "hybrid":
+            msg = (
+                f"Expected `objective` hybrid to draw pairs, got {self.objective!r}, which trains no "
+                f"{'images' if self.objective == 'supervised' else 'masks'}; draw from a hybrid checkpoint."
+            )
+            raise ValueError(msg)
+        with self._evaluating() as network:
+            denoiser = JointDenoiser(network, self.process, self.image_channels)
+            image, probabilities = draw_pairs(denoiser, request, self.num_classes, self.mask_loss, self.device)
+        return {
+            "image": image,
+            "mask": probabilities.argmax(1),
+            "probabilities": probabilities,
+            "confidence": image_confidence(probabilities),
+            "seed": request["seed"],
+        }
+
     # ---------------------------------------------------------------- training
 
-    def setup(self, stage: str) -> None:
-        """Start a new fit from `init_from`; a resumed one gets its weights from its own checkpoint."""
-        if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
+    def on_fit_start(self) -> None:
+        """Start a new fit from `init_from`; one that goes on has its weights from its own checkpoint."""
+        super().on_fit_start()
+        # Not in `setup`: there it is not known yet whether a checkpoint will be loaded.
+        if self.init_from is not None and not self._goes_on:
             self.load_network(self.init_from)
 
     def load_network(self, path: str) -> None:
@@ -269,6 +285,7 @@ class HybridSegmentation(BaseModule):
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
+        self._goes_on = True
 
     def _terms(self, network: nn.Module, batch: dict[str, Tensor], sigma: Tensor, eps: Tensor | None) -> _Terms:
         """The loss terms of each image of a batch at given noise levels; None is no noise."""
@@ -330,7 +347,10 @@ class HybridSegmentation(BaseModule):
 
     # ---------------------------------------------------------------- evaluation
 
-    def _eval_step(self, batch: dict[str, Tensor], losses: MetricCollection, metrics: MetricCollection) -> None:
+    def _losses_of(self, split: Split) -> MetricCollection:
+        return self.val_losses if split == "val" else self.test_losses
+
+    def _eval_step(self, batch: dict[str, Tensor], split: Split) -> None:
         """Update losses at fixed noise and metrics at t = 0; padding (index -1) counts nowhere."""
         real = batch["index"] >= 0
         if not bool(real.any()):
@@ -340,9 +360,9 @@ class HybridSegmentation(BaseModule):
         image_term, mask_term = self._terms(self.ema_network, batch, sigma, eps)
         for name, term in (("image", image_term), ("mask", mask_term)):
             if term is not None:
-                losses[name].update(term)
+                self._losses_of(split)[name].update(term)
         if self.objective != "generative":
-            metrics.update(self.segment(batch["image"]).argmax(1), batch["mask"])
+            self.metrics_of(split).update(self.segment(batch["image"]), batch["mask"])
 
     def _fixed_noise(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Noise that depends on each image's index only, so that losses compare between epochs, runs and ranks."""
@@ -355,7 +375,8 @@ class HybridSegmentation(BaseModule):
         eps = [torch.randn(shape, generator=torch.Generator().manual_seed(int(i))) for i in batch["index"]]
         return self.process.sigma_at(level).to(image), torch.stack(eps).to(image)
 
-    def _log_eval(self, split: str, losses: MetricCollection, metrics: MetricCollection) -> None:
+    def _log_eval(self, split: Split) -> None:
+        losses, metrics = self._losses_of(split), self.metrics_of(split)
         # What is computed depends on the objective alone: a rank that saw only padding must take part as well.
         image = losses["image"].compute() if self.objective != "supervised" else None
         mask = losses["mask"].compute() if self.objective != "generative" else None
@@ -369,23 +390,10 @@ class HybridSegmentation(BaseModule):
         self.log(headline, values.pop(headline), prog_bar=True, sync_dist=True)
         self.log_dict(values, sync_dist=True)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Update the validation metrics."""
-        self._eval_step(batch, self.val_losses, self.val_metrics)
+    def reliability(self, split: Split) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Confidence, accuracy and count of each calibration bin so far; None under `generative`."""
+        return None if self.objective == "generative" else super().reliability(split)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics."""
-        self._log_eval("val", self.val_losses, self.val_metrics)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Update the test metrics."""
-        self._eval_step(batch, self.test_losses, self.test_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test metrics."""
-        self._log_eval("test", self.test_losses, self.test_metrics)
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Segment a batch: probabilities [B, K, H, W], mask [B, H, W] of class ids, index [B]."""
-        probabilities = self.segment(batch["image"])
-        return {"probabilities": probabilities, "mask": probabilities.argmax(1), "index": batch["index"]}
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Segment a batch of images (see MaskModule), or draw a batch of requests (see `draw`)."""
+        return self.draw(batch) if "seed" in batch else super().predict_step(batch, batch_idx, dataloader_idx)

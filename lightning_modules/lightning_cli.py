@@ -26,7 +26,7 @@ from lightning_modules import stages
 from lightning_modules.checkpoints import file_sha256, load_checkpoint
 from lightning_modules.command_line import overlays_last, refuse
 from lightning_modules.run_config import config_hash, differences, input_files, settings
-from lightning_modules.run_files import LastCheckpoint, RunRecord, ran_out_of_time, with_own_plugins
+from lightning_modules.run_files import LastCheckpoint, RunRecord, artifact_files, ran_out_of_time, with_own_plugins
 
 # Importing these makes their classes known by short name: `class_path: HybridSegmentation`.
 _PACKAGES = ("lightning_modules", "datamodules", "callbacks")
@@ -61,7 +61,7 @@ def run(args: list[str]) -> "FewlightCLI":
     # pytorch-lightning 2.6 asks torch >= 2.9 in a way that is deprecated there; nothing a user could change.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     if args[0] not in FewlightCLI.subcommands():
-        refuse(f"expected a sub-command first ({', '.join(FewlightCLI.subcommands())}), got {args[0]}")
+        refuse(f"expected a sub-command first ({', '.join(FewlightCLI.subcommands())}, export), got {args[0]}")
     try:
         return FewlightCLI(overlays_last(args))
     except SIGTERMException:  # a SystemExit without a code: a scheduler would take it for success
@@ -338,10 +338,10 @@ class FewlightCLI(LightningCLI):
         """A checkpoint that the model starts from must be there, or be what a stage is going to write."""
         to_come = {run_dir / stages.LAST for run_dir in self._run_dirs}
         for key, value in self.settings.items():
-            if key.startswith("model.") and isinstance(value, str) and value.endswith(".ckpt"):
+            if key.startswith("model.") and key.endswith(".init_from") and isinstance(value, str):
                 path = Path(value).expanduser()
                 if path not in to_come or self._is_dry:
-                    load_checkpoint(path, key.rpartition(".")[2])
+                    load_checkpoint(path, "init_from")
 
     def _fit_and_test(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=self._ckpt_path, weights_only=True)
@@ -385,6 +385,7 @@ class FewlightCLI(LightningCLI):
             "class_names": list(getattr(data, "class_names", ())),
             "counts": dict(getattr(data, "counts", {})),
             "fingerprint": getattr(data, "fingerprint", None),
+            "artifacts": artifact_files(self.trainer),
             "metrics": {**logged, **self._fit_metrics, **_plain(self.trainer.callback_metrics)},
         }
 

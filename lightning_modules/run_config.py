@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.checkpoints import file_sha256
+from lightning_modules.checkpoints import file_sha256, identifying_file
 
 # What does not change a run's result is left out of its hash: where it writes, what it shows, how fast it reads.
 # `vars` and `runs` have done their work once the configuration is resolved; stages go in by their own hashes.
@@ -47,7 +47,8 @@ def settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in _flat(resolved)
-        if not any(key == name or key.startswith(f"{name}.") for name in hidden)
+        # Where a callback writes: no matter for the result either, and never an input of the run.
+        if not key.endswith(".output_dir") and not any(key == name or key.startswith(f"{name}.") for name in hidden)
     }
     root, base = kept.get("data.init_args.root"), os.environ.get("FEWLIGHT_DATA")
     if base and isinstance(root, str) and root and not Path(root).expanduser().is_absolute():
@@ -73,17 +74,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def input_files(kept: Mapping[str, Any]) -> dict[str, str]:
-    """The files that a run starts from, with their SHA-256: checkpoints, and the manifests of artifacts.
+    """The files that a run starts from, with their SHA-256: checkpoints, exported weights, manifests of artifacts.
 
     Args:
-        kept: What `settings` returned. Every string in it that is the path of a file, or of a folder with a
-            manifest.json, counts.
+        kept: What `settings` returned. Every string in it that is the path of a file, or of a folder with exported
+            weights or a manifest.json, counts.
     """
     found = {}
     for value in kept.values():
         if isinstance(value, str) and value:
-            path = Path(value).expanduser()
-            path = path / "manifest.json" if path.is_dir() else path
+            path = identifying_file(Path(value).expanduser())
             if path.is_file():
                 found[str(path)] = file_sha256(path)
     return found

@@ -18,6 +18,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 
+from lightning_modules.checkpoints import file_sha256
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -137,6 +139,7 @@ class RunRecord(SaveConfigCallback):
         """Mark the checkpoint as this configuration's, on these data."""
         checkpoint |= self.record
         checkpoint["fingerprint"] = _fingerprint(trainer)
+        checkpoint["class_names"] = list(getattr(getattr(trainer, "datamodule", None), "class_names", None) or ())
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say when the data are not split as they were in training: what is tested may have been trained on."""
@@ -161,6 +164,12 @@ def ran_out_of_time(trainer: Trainer) -> bool:
     """Whether max_time ended a fit."""
     timers = [callback for callback in _callbacks(trainer) if isinstance(callback, Timer)]
     return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
+
+
+def artifact_files(trainer: Trainer) -> dict[str, str]:
+    """The manifests of what the callbacks of a run made for the next one, with their SHA-256."""
+    folders = [folder for callback in _callbacks(trainer) for folder in getattr(callback, "artifacts", ())]
+    return {str(manifest): file_sha256(manifest) for folder in folders if (manifest := Path(folder) / "manifest.json")}
 
 
 def _callbacks(trainer: Trainer) -> list[object]:

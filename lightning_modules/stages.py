@@ -106,6 +106,7 @@ def is_done(run_dir: Path, config_hash: str) -> bool:
     checkpoint = manifest.get("checkpoint")
     if checkpoint is not None:
         files[run_dir / checkpoint["path"]] = checkpoint["sha256"]
+    files |= {Path(path): sha256 for path, sha256 in manifest.get("artifacts", {}).items()}
     return _are(files)
 
 
@@ -173,7 +174,14 @@ def bring_back(run_dir: Path, aside: Path) -> None:
 
 
 def _run_files(run_dir: Path) -> list[Path]:
-    return [path for pattern in _RUN_FILES for path in sorted(run_dir.glob(pattern))]
+    files = [path for pattern in _RUN_FILES for path in sorted(run_dir.glob(pattern))]
+    return files + [path for path in sorted(run_dir.glob("*")) if _is_artifact(path)]
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Whether a folder is what a callback of a fit made for the next one, finished or begun; another run is not."""
+    manifest = (read_manifest(folder) or {}) if folder.is_dir() else {}
+    return (folder / "drawing.json").is_file() or manifest.get("kind") == "synthetic_images"
 
 
 @contextmanager

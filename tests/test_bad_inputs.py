@@ -384,4 +384,4 @@ def test_a_failing_stage_ends_the_run_before_the_last_fit(tmp_path: Path, capfd:
 def test_images_that_differ_in_the_suffix_only_keep_it(tmp_path: Path, trained: Path) -> None:
     shutil.copytree(trained, tmp_path / "runs")
     main(_predict("a.jpg", "a.png", "b.png"))
-    assert sorted(_files(tmp_path / "masks")) == ["a.jpg.png", "a.png.png", "b.png"]
+    assert sorted(_files(tmp_path / "masks")) == ["a.jpg.png", "a.png.png", "b.png", "confidence.csv"]

@@ -26,6 +26,8 @@ from datamodules.segmentation.pairs import (
 )
 from datamodules.segmentation.reading import PairReader
 from datamodules.segmentation.store import Decode, ImageStore, build_store, fingerprint, store_arrays
+from datamodules.segmentation.synthetic import cached_megabytes, load_drawn, training_data
+from datamodules.synthetic_images import read
 from datamodules.transforms import default_train_transform
 
 Batch = dict[str, Tensor]
@@ -59,6 +61,13 @@ class SegmentationDataModule(pl.LightningDataModule):
         max_bad_share: Share of unusable files above which skipping gives up, in [0, 1].
         predict_images: Folder of images to predict, nested folders included; None predicts the test images. A
             relative one is looked for under the current directory, then under $FEWLIGHT_DATA.
+        synthetic_images: Folder of drawn pairs (see SyntheticImageWriter) to train on as well, augmented like all
+            others and never validated or tested on; read when a fit begins. A relative one is below the current
+            directory: it is the product of a run, no data set under $FEWLIGHT_DATA.
+        synthetic_share: Share of training samples that are drawn, in (0, 1), evenly spread; None takes labelled
+            and drawn images equally often.
+        synthetic_from_other_data: Accept pairs that were drawn by a module trained on other data, or on another
+            split: then it is up to you that its training images are not tested on here.
         seed: Seed of the training order and the augmentations.
 
     Attributes:
@@ -68,7 +77,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         mask_size_may_differ: True where a data set stores masks at another resolution than images.
         flip_pairs: Class ids that change sides when an image is mirrored.
         vertical_flip: False where an image upside down is no image of its kind.
-        counts: Images per split, after `setup`.
+        counts: Images per split, after `setup`; drawn ones under "synthetic".
         fingerprint: Identifies the data and its split, after `setup`.
 
     Raises:
@@ -98,22 +107,13 @@ class SegmentationDataModule(pl.LightningDataModule):
         on_bad_file: Literal["error", "skip"] = "error",
         max_bad_share: float = 0.05,
         predict_images: str | None = None,
+        synthetic_images: str | None = None,
+        synthetic_share: float | None = None,
+        synthetic_from_other_data: bool = False,
         seed: int = 0,
     ) -> None:
         """Check the arguments; no file is touched before `setup`."""
         super().__init__()
-        for name, value in (("image_size", image_size), ("batch_size", batch_size)):
-            _check_range(name, value, value >= 1, "at least 1")
-        for name, value in (("num_workers", num_workers), ("cache_megabytes", cache_megabytes)):
-            _check_range(name, value, value >= 0, "at least 0")
-        for name, value in (("labels_seed", labels_seed), ("seed", seed)):
-            _check_range(name, value, value >= 0, "at least 0")
-        for name, count in (("num_labels", num_labels), ("samples_per_epoch", samples_per_epoch)):
-            _check_range(name, count, count is None or count >= 1, "at least 1, or left out")
-        _check_range("val_share", val_share, 0 <= val_share < 1, "in [0, 1)")
-        _check_range("max_bad_share", max_bad_share, 0 <= max_bad_share <= 1, "in [0, 1]")
-        if on_bad_file not in ("error", "skip"):
-            _check_range("on_bad_file", on_bad_file, False, '"error" or "skip"')
         self.root = root
         self.image_size = image_size
         self.batch_size = batch_size
@@ -127,12 +127,33 @@ class SegmentationDataModule(pl.LightningDataModule):
         self.on_bad_file = on_bad_file
         self.max_bad_share = max_bad_share
         self.predict_images = predict_images
+        self.synthetic_images = synthetic_images
+        self.synthetic_share = synthetic_share
+        self.synthetic_from_other_data = synthetic_from_other_data
         self.seed = seed
         self.counts: dict[str, int] = {}
         self.fingerprint = ""
         self._store: ImageStore | None = None
         self._predict_store: ImageStore | None = None
+        self._drawn: ImageStore | None = None
         self._rows: dict[str, list[int]] = {}
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        least = {"image_size": 1, "batch_size": 1, "num_workers": 0, "cache_megabytes": 0, "labels_seed": 0, "seed": 0}
+        for name, minimum in least.items():
+            _check_range(name, getattr(self, name), getattr(self, name) >= minimum, f"at least {minimum}")
+        for name in ("num_labels", "samples_per_epoch"):
+            count = getattr(self, name)
+            _check_range(name, count, count is None or count >= 1, "at least 1, or left out")
+        _check_range("val_share", self.val_share, 0 <= self.val_share < 1, "in [0, 1)")
+        _check_range("max_bad_share", self.max_bad_share, 0 <= self.max_bad_share <= 1, "in [0, 1]")
+        _check_range("on_bad_file", self.on_bad_file, self.on_bad_file in ("error", "skip"), '"error" or "skip"')
+        share = self.synthetic_share
+        _check_range("synthetic_share", share, share is None or 0 < share < 1, "in (0, 1), or left out")
+        if share is not None and self.synthetic_images is None:
+            msg = f"Expected `synthetic_images` with `synthetic_share` {share}, but got none; give both or neither."
+            raise ValueError(msg)
 
     # What subclasses say.
 
@@ -184,6 +205,12 @@ class SegmentationDataModule(pl.LightningDataModule):
             self.counts = {name: len(rows) for name, rows in self._rows.items()}
             self.fingerprint = fingerprint(store, self._rows)
             self._store = store
+        if stage == "fit" and self.synthetic_images is not None and self._store is not None and self._drawn is None:
+            artifact = read(self.synthetic_images)
+            artifact.require(self.class_names, self.fingerprint, self.synthetic_from_other_data)
+            memory = max(0, self.cache_megabytes - cached_megabytes(self._store))
+            self._drawn = load_drawn(artifact, self.num_classes, self.image_size, memory)
+            self.counts["synthetic"] = len(artifact.rows)
 
     def check(self) -> None:
         """Look whether there are images, without reading any: the command line asks before the stages run.
@@ -239,7 +266,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         # knows neither the trainer (and so the model) nor the images of all splits.
         source = copy.copy(self)
         source.trainer = None
-        source._store = source._predict_store = None
+        source._store = source._predict_store = source._drawn = None
         source._rows = {}
         return PairReader(self.image_size, self.mask_size_may_differ, source.read_mask)
 
@@ -280,8 +307,10 @@ class SegmentationDataModule(pl.LightningDataModule):
         transform = self.train_transform
         if transform is None:
             transform = default_train_transform(self.flip_pairs, self.vertical_flip)
-        dataset = self._dataset("train", transform)
-        return self._loader(dataset, TrainSampler(len(dataset), self.samples_per_epoch, self.seed, self.batch_size))
+        dataset, share = self._dataset("train", transform), self.synthetic_share
+        order = (self.samples_per_epoch, self.seed, self.batch_size)
+        store, rows, sampler = training_data(dataset.store, dataset.rows, self._drawn, share, *order)
+        return self._loader(SegmentationDataset(store, rows, transform, self.seed), sampler)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return validation batches; an empty list if `val_share` is 0."""

@@ -1,6 +1,35 @@
-"""Noise processes and denoisers in plain PyTorch."""
+"""Noise processes, denoisers and samplers in plain PyTorch."""
 
-from lightning_modules.diffusion.denoisers import JointDenoiser, takes_time
+from lightning_modules.diffusion.denoisers import JointDenoiser, PairDenoiser, takes_time
 from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess, VPProcess
+from lightning_modules.diffusion.samplers import (
+    SAMPLERS,
+    Denoiser,
+    Sampler,
+    SamplerName,
+    sample,
+    sample_ancestral,
+    sample_euler,
+    sample_heun,
+    seeded_generators,
+    seeded_noise,
+)
 
-__all__ = ["EDMProcess", "JointDenoiser", "NoiseProcess", "VPProcess", "takes_time"]
+__all__ = [
+    "SAMPLERS",
+    "Denoiser",
+    "EDMProcess",
+    "JointDenoiser",
+    "NoiseProcess",
+    "PairDenoiser",
+    "Sampler",
+    "SamplerName",
+    "VPProcess",
+    "sample",
+    "sample_ancestral",
+    "sample_euler",
+    "sample_heun",
+    "seeded_generators",
+    "seeded_noise",
+    "takes_time",
+]

@@ -1,6 +1,7 @@
 """A network and a noise process as a denoiser: `denoiser(x, sigma, label=None) -> x0`."""
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,66 @@ class JointDenoiser(nn.Module):
             msg = f"Expected `sigma` of shape [] or [{x.shape[0]}], one per image, got {list(sigma.shape)}."
             raise ValueError(msg)
         return sigma.expand(x.shape[0])
+
+
+class PairDenoiser(nn.Module):
+    """Denoise pairs z = (image, mask), so that a sampler draws both at once.
+
+    The estimate is E[z | x_sigma], given the image part x of z alone: the mask part has no way into the
+    network, so its initial value is without effect, and what a sampler returns as the mask is the network's
+    estimate at its last step. Pairs so drawn follow the joint distribution of images and masks if an image
+    determines its mask; if it does not, each image comes with the mean of its masks (Sauvalle and Salzmann,
+    arXiv 2408.03433).
+
+    It holds no weights of its own, so one may be built around any `JointDenoiser` at any time.
+
+    Args:
+        joint: Denoiser of the images; its network gives the mask output.
+        to_probabilities: Maps the mask output [B, K, H, W] to class probabilities of that shape.
+        clip: Clip denoised images to [-1, 1], the range of clean ones.
+
+    Raises:
+        ValueError: If `joint` has no image output.
+    """
+
+    def __init__(self, joint: JointDenoiser, to_probabilities: Callable[[Tensor], Tensor], clip: bool = True) -> None:
+        """Keep the parts."""
+        super().__init__()
+        if joint.image_channels == 0:
+            msg = "Expected `joint` with `image_channels` above 0, got 0: a plain segmenter draws no images."
+            raise ValueError(msg)
+        self.joint = joint
+        self.to_probabilities = to_probabilities
+        self.clip = clip
+
+    def forward(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """Denoise pairs.
+
+        Args:
+            x: Noisy images and, behind them, a mask part that is ignored, [B, C + K, H, W].
+            sigma: Noise level of each pair, [B], or one for all.
+            label: Must be None; the argument is there because samplers pass it to every denoiser.
+
+        Returns:
+            Denoised images and class probabilities, [B, C + K, H, W].
+
+        Raises:
+            ValueError: If a label is given, or if a shape does not fit.
+        """
+        if label is not None:
+            msg = "Expected `label` to be None, got a tensor: this denoiser is not conditioned on classes."
+            raise ValueError(msg)
+        image, mask = self.joint.joint(x[:, : self.joint.image_channels], sigma)
+        if self.clip:
+            image = image.clamp(-1, 1)
+        pair = torch.cat([image, self.to_probabilities(mask)], 1)
+        if pair.shape != x.shape:
+            msg = (
+                f"Expected `x` of shape {list(pair.shape)}, an image and the mask of {mask.shape[1]} classes, "
+                f"got {list(x.shape)}. The values of the mask part do not matter, zeros will do."
+            )
+            raise ValueError(msg)
+        return pair
 
 
 def takes_time(network: nn.Module) -> bool:

@@ -306,11 +306,7 @@ class EDMProcess(NoiseProcess):
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Return the steps of equation 5, from sigma_max over sigma_min to 0."""
-        _check_steps(num_steps)
-        ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64, device="cpu")
-        start, end = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        positive = (start + ramp * (end - start)) ** self.rho
-        return torch.cat([positive, positive.new_zeros(1)]).float()
+        return karras_sigmas(num_steps, self.sigma_min, self.sigma_max, self.rho)
 
     def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         normal = torch.randn(n, generator=generator, device=device, dtype=_wide_dtype(device))
@@ -318,6 +314,28 @@ class EDMProcess(NoiseProcess):
 
     def _variance(self, sigma: Tensor) -> Tensor:
         return _wide(sigma) ** 2 + self.sigma_data**2
+
+
+def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Return a sampler's noise levels spaced evenly in sigma^(1 / rho) (arXiv 2206.00364, equation 5).
+
+    Args:
+        num_steps: Steps of the sampler, at least 1.
+        sigma_min: Last positive level.
+        sigma_max: First level.
+        rho: The larger, the more of the levels are small.
+
+    Returns:
+        num_steps + 1 decreasing float32 levels, from `sigma_max` over `sigma_min` to exactly 0.
+
+    Raises:
+        ValueError: If `num_steps` is below 1.
+    """
+    _check_steps(num_steps)
+    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64, device="cpu")
+    start, end = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    positive = (start + ramp * (end - start)) ** rho
+    return torch.cat([positive, positive.new_zeros(1)]).float()
 
 
 def _wide_dtype(device: torch.device) -> torch.dtype:

@@ -7,8 +7,9 @@ another network; this wrapper sets them, adds the zero initialisation that diffu
 its inputs.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ class ADMUNet(nn.Module):
             # Without it, FiLM conditioning makes diffusers drop the norm of the bottleneck's attention.
             attn_norm_num_groups=norm_groups,
             dropout=dropout,
-            **_block_types(attends),
+            **block_types(attends),
             **ADM_OPTIONS,
         )
         if zero_init:
@@ -163,6 +164,43 @@ class ADMUNet(nn.Module):
             norm_groups=8,
         )
 
+    def save_pretrained(
+        self, folder: str | Path, overwrite: bool = False, about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the network as a folder that diffusers loads alone: `UNet2DModel.from_pretrained(folder)`.
+
+        Args:
+            folder: A new or empty folder; it is written whole or not at all.
+            overwrite: Replace a network that was exported to it before.
+            about: Plain values for fewlight.json beside the network, such as {"num_classes": 2}.
+
+        Raises:
+            OSError: The folder is in use, or cannot be written; what was there still is.
+        """
+        from lightning_modules.networks.pretrained import write_pretrained
+
+        write_pretrained(self.unet.to_json_string(), self.unet.state_dict(), folder, overwrite, about)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Load what `save_pretrained` wrote, or diffusers from the `UNet2DModel` of an ADM UNet.
+
+        Args:
+            folder: A local folder with config.json and safetensors; pickles are not opened.
+
+        Returns:
+            The network in evaluation mode, as diffusers returns it; call train() to train it on.
+
+        Raises:
+            FileNotFoundError: The folder or one of its files is missing.
+            ValueError: It is not an ADM UNet, or its files are damaged.
+        """
+        from lightning_modules.networks.pretrained import read_arguments, read_weights, with_weights
+
+        arguments = read_arguments(folder)
+        weights = {f"unet.{name}": value for name, value in read_weights(folder).items()}
+        return with_weights(lambda: cls(**arguments, zero_init=False), weights, f"`folder` {folder}").eval()
+
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Run the network.
 
@@ -196,6 +234,17 @@ class ADMUNet(nn.Module):
         """Yield every parameter that is not in `head`."""
         head = {id(parameter) for parameter in self.head.parameters()}
         yield from (parameter for parameter in self.parameters() if id(parameter) not in head)
+
+    def decoder_blocks(self) -> list[nn.Module]:
+        """List the modules whose outputs are ADM's decoder blocks, deepest level first.
+
+        Block i = (layers_per_block + 1) * level + j is what the j-th residual block of a level puts out, with its
+        attention where there is any. The last block of a level also upsamples: its output is the whole level's.
+        """
+        blocks: list[nn.Module] = []
+        for level in self.unet.up_blocks:
+            blocks += [*getattr(level, "attentions", level.resnets)[:-1], level]
+        return blocks
 
     def reset_head(self, out_channels: int, keep_first: int = 0) -> None:
         """Replace the last convolution by a fresh one; every other tensor stays as it is.
@@ -297,7 +346,8 @@ def _attention_levels(image_size: int, levels: int, attention_resolutions: Seque
     return [resolution in attention_resolutions for resolution in resolutions]
 
 
-def _block_types(attends: Sequence[bool]) -> dict[str, tuple[str, ...]]:
+def block_types(attends: Sequence[bool]) -> dict[str, tuple[str, ...]]:
+    """Name diffusers' blocks for levels that attend or do not, finest level first."""
     # Not the plain "DownBlock2D" and "UpBlock2D": those ignore `downsample_type="resnet"` without a word.
     down = tuple("AttnDownBlock2D" if attend else "ResnetDownsampleBlock2D" for attend in attends)
     up = tuple("AttnUpBlock2D" if attend else "ResnetUpsampleBlock2D" for attend in reversed(attends))

@@ -1,14 +1,18 @@
 """Outlines and contact sheets."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from callbacks.drawing import (
     captioned,
     class_colors,
+    color_bar,
     contours,
     draw_contours,
     enlarge,
+    heat,
     shade,
     sheet,
     tint,
@@ -88,3 +92,35 @@ def test_sheet_and_caption() -> None:
     assert (written == 255).any()
     assert (written[:20] == 11).all()
     assert (cells[1][1] == 11).all()
+
+
+def lightness(color: np.ndarray[Any, Any]) -> float:
+    """CIE L* of sRGB bytes, from 0 to 100."""
+    linear = np.where(color / 255 <= 0.04045, color / 255 / 12.92, ((color / 255 + 0.055) / 1.055) ** 2.4)
+    y = float(linear @ [0.2126, 0.7152, 0.0722])
+    return float(116 * np.cbrt(y) - 16) if y > 0.008856 else 903.3 * y
+
+
+def test_heat_grows_lighter_with_the_value() -> None:
+    ramp = heat(torch.linspace(0, 2, 65)[None], 2.0)[0]
+    steps = np.diff([lightness(color) for color in ramp])
+    assert steps.min() > 0
+    assert steps.max() < 4
+    assert lightness(ramp[0]) < 3
+    assert lightness(ramp[-1]) > 95
+    # What is outside has the colour of the nearer end.
+    odd = heat(torch.tensor([[-1.0, float("nan"), 2.0, 5.0, float("inf")]]), 2.0)[0]
+    assert odd.tolist() == [ramp[i].tolist() for i in (0, 0, -1, -1, -1)]
+    assert (heat(torch.zeros(2, 3), 0.0) == ramp[0]).all()
+
+
+def test_color_bar_fits_below_a_sheet() -> None:
+    paper = sheet(["a", "b"], [[np.zeros((10, 90, 3), np.uint8)] * 2])
+    bar = color_bar(paper.shape[1], 0.693, "nats")
+    assert bar.shape[1] == paper.shape[1]
+    middle = bar[bar.shape[0] // 2, 4:-4]
+    assert np.array_equal(middle, heat(torch.linspace(0, 0.693, len(middle))[None], 0.693)[0])
+    words, values = bar[:24], bar[48:]
+    assert (words == 255).any()
+    for part in (values[:, :30], values[:, -40:]):
+        assert (part == 255).any()

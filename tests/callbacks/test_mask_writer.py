@@ -1,6 +1,8 @@
 """Masks written by predict."""
 
+import csv
 import errno
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -205,3 +207,128 @@ def test_resizing_class_by_class_is_argmax_of_all() -> None:
         whole = torch.nn.functional.interpolate(probabilities[None], size=size, mode="bilinear")[0]
         assert torch.equal(resized_labels(probabilities.double(), size), whole.argmax(0))
     assert resized_labels(torch.full((2, 2, 2), 0.5), (4, 4)).max() == 0
+
+
+class Unsure(Darkness):
+    """Tells a confidence that grows with the index, and uncertainties of which one pixel in ten stands out."""
+
+    def predict_step(self, batch: dict[str, Tensor]) -> Any:  # noqa: ANN401 - see Darkness
+        index = batch["index"]
+        uncertainty = torch.zeros(len(index), 4, 4)
+        uncertainty[:, 0, :2] = math.log(self.classes) * (index[:, None] + 1) / 10
+        return super().predict_step(batch) | {"confidence": 0.5 + index / 100, "uncertainty": uncertainty}
+
+
+def table(folder: Path) -> list[list[str]]:
+    with (folder / "confidence.csv").open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_confidences_are_listed_by_name(tmp_path: Path) -> None:
+    odd = ["z/a, b.jpg", 'say "so".png', "ä ö.jpg", "b.jpg", "_.jpg"]
+    predict(tmp_path, Images(dict.fromkeys(odd, (4, 4))), Unsure())
+    header, *rows = table(tmp_path)
+    assert header == ["image", "confidence", "uncertainty"]
+    # Of 16 pixels two are the most uncertain tenth.
+    expected = {key: [0.5 + i / 100, math.log(2) * (i + 1) / 10] for i, key in enumerate(odd)}
+    assert [row[0] for row in rows] == sorted(odd)
+    for key, *numbers in rows:
+        assert [float(n) for n in numbers] == pytest.approx(expected[key], abs=1e-6)
+    assert not (tmp_path / "uncertainty").exists()
+
+
+def test_confidences_of_some_images_only(tmp_path: Path) -> None:
+    class Now(Unsure):
+        def predict_step(self, batch: dict[str, Tensor], batch_idx: int = 0, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
+            batch["index"] = torch.where(batch["index"] == 1, -1, batch["index"])  # padding
+            prediction = super().predict_step(batch)
+            if dataloader_idx == 0:
+                del prediction["uncertainty"]
+            return prediction
+
+    data: list[Dataset[Any]] = [Images({"y/a.jpg": (4, 4), "y/b.jpg": (4, 4)}), Images({"x/a.jpg": (4, 4)})]
+    predict(tmp_path, data, Now())
+    assert table(tmp_path) == [
+        ["image", "confidence", "uncertainty"],
+        ["x/a.jpg", "0.500000", f"{math.log(2) / 10:.6f}"],
+        ["y/a.jpg", "0.500000", ""],
+    ]
+
+
+def test_no_confidences_no_table(tmp_path: Path) -> None:
+    class Uncertain(Unsure):
+        def predict_step(self, batch: dict[str, Tensor]) -> Any:  # noqa: ANN401 - see Darkness
+            prediction = super().predict_step(batch)
+            del prediction["confidence"]
+            return prediction
+
+    class Confident(Unsure):
+        def predict_step(self, batch: dict[str, Tensor]) -> Any:  # noqa: ANN401 - see Darkness
+            prediction = super().predict_step(batch)
+            del prediction["uncertainty"]
+            return prediction
+
+    predict(tmp_path / "none", Images({"a.jpg": (4, 4)}), Uncertain())
+    assert files(tmp_path / "none") == ["a.png"]
+    predict(tmp_path / "some", Images({"a.jpg": (4, 4)}), Confident())
+    assert table(tmp_path / "some") == [["image", "confidence"], ["a.jpg", "0.500000"]]
+    with pytest.raises(
+        TypeError, match=r"to return `uncertainty` for `write_uncertainty`, got \['confidence', 'index'"
+    ):
+        predict(tmp_path / "map", Images({"a.jpg": (4, 4)}), Confident(), write_uncertainty=True)
+
+
+def test_uncertainty_maps(tmp_path: Path) -> None:
+    data = Images({"s/a.jpg": (8, 12), "b.jpg": (4, 4)})
+    predict(tmp_path, data, Unsure(classes=3), write_uncertainty=True)
+    assert files(tmp_path) == ["b.png", "confidence.csv", "s/a.png", "uncertainty/b.png", "uncertainty/s/a.png"]
+    small, large = read(tmp_path / "uncertainty" / "b.png"), read(tmp_path / "uncertainty" / "s" / "a.png")
+    assert small[0].tolist() == [51, 51, 0, 0]  # 2 / 10 of log 3
+    assert not small[1:].any()
+    assert large.shape == (8, 12)
+    assert large[0, 0] in (25, 26)  # 25.5, rounded
+    data.keys = ["uncertainty/b.jpg", "b.jpg"]
+    with pytest.raises(ValueError, match="several for uncertainty/b; rename"):
+        predict(tmp_path, data, Unsure(), write_uncertainty=True)
+
+
+def test_a_table_that_exists(tmp_path: Path) -> None:
+    predict(tmp_path, Images({"a.jpg": (4, 4)}), Unsure())
+    with pytest.raises(FileExistsError, match=r"without these files, .* got confidence.csv; set `overwrite`"):
+        predict(tmp_path, Images({"b.jpg": (4, 4)}), Unsure(), overwrite=False)
+    predict(tmp_path, Images({"b.jpg": (4, 4)}), Unsure())
+    assert [row[0] for row in table(tmp_path)] == ["image", "b.jpg"]
+
+
+def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
+    class Wrong(Unsure):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def predict_step(self, batch: dict[str, Tensor]) -> Any:  # noqa: ANN401 - see Darkness
+            return super().predict_step(batch) | {self.name: torch.zeros(1, 2, 2)}
+
+    for name, shape in (("confidence", r"\[1\]"), ("uncertainty", r"\[1, 4, 4\]")):
+        with pytest.raises(ValueError, match=rf"`{name}` .* of Wrong returns to have shape {shape}, got \[1, 2, 2\]"):
+            predict(tmp_path, Images({"a.jpg": (4, 4)}), Wrong(name))
+    assert files(tmp_path) == []
+
+
+def test_two_processes_write_one_table(tmp_path: Path) -> None:
+    data = Images({f"{i}.jpg": (4, 4) for i in range(5)})
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_fork",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[MaskWriter(str(tmp_path / "two"))],
+    )
+    trainer.predict(Unsure(), DataLoader(data, batch_size=2), return_predictions=False)
+    predict(tmp_path / "one", data, Unsure())
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert len(table(tmp_path / "two")) == 6
+    assert (tmp_path / "two" / "confidence.csv").read_bytes() == (tmp_path / "one" / "confidence.csv").read_bytes()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.loading import EvalSampler, SampleKey, TrainSampler, resolve_root, world
+from datamodules.loading import EvalSampler, MixedTrainSampler, SampleKey, TrainSampler, resolve_root, world
 
 
 def epoch(sampler: TrainSampler, number: int) -> list[SampleKey]:
@@ -65,6 +65,45 @@ def test_whole_batches_lose_no_position(samples: int | None, world_size: int) ->
 
 def test_seed_changes_the_order() -> None:
     assert epoch(TrainSampler(20, seed=0), 0) != epoch(TrainSampler(20, seed=1), 0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.999, 1 / 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_mixture_is_even_on_every_rank(share: float, world_size: int) -> None:
+    samplers = [
+        MixedTrainSampler(5, 3, share, samples_per_epoch=20, seed=2, world_size=world_size, rank=rank)
+        for rank in range(world_size)
+    ]
+    streams = [[key for number in range(30) for key in epoch(sampler, number)] for sampler in samplers]
+    for stream in streams:
+        second = [key.index >= 5 for key in stream]
+        for length in (1, 4, 7, 16):
+            for start in range(len(stream) - length):
+                assert abs(sum(second[start : start + length]) - share * length) <= 1
+    keys = [key for group in zip(*streams, strict=True) for key in group]
+    assert [key.draw for key in keys] == list(range(len(keys)))
+    # Each source is a stream of permutations of its own.
+    for first, size in ((0, 5), (5, 3)):
+        source = [key.index for key in keys if first <= key.index < first + size]
+        for start in range(0, len(source) - size + 1, size):
+            assert sorted(source[start : start + size]) == list(range(first, first + size))
+
+
+def test_mixture_keeps_the_order_of_the_first_source() -> None:
+    mixed = [key.index for key in epoch(MixedTrainSampler(7, 4, 0.5, samples_per_epoch=28, seed=5), 0)]
+    alone = [key.index for key in epoch(TrainSampler(7, 14, seed=5), 0)]
+    assert [index for index in mixed if index < 7] == alone
+    assert [index >= 7 for index in mixed] == [False, True] * 14
+
+
+def test_mixture_arguments() -> None:
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"`share` to be in \(0, 1\), but got"):
+            MixedTrainSampler(3, 3, share)
+    for sizes in ((0, 3), (3, 0)):
+        with pytest.raises(ValueError, match=r"to be at least 1, but got 0: there is nothing to mix"):
+            MixedTrainSampler(*sizes, 0.5)
+    assert len(MixedTrainSampler(5, 3, 0.5, batch_size=4)) == 8
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 9])

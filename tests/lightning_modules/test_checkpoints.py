@@ -39,6 +39,40 @@ def test_truncated_foreign_and_missing_files_are_told_apart(tmp_path: Path) -> N
         load_checkpoint(tmp_path / "gone.ckpt", "x")
 
 
+def test_an_exported_folder_is_read_like_the_checkpoint_it_came_from(tmp_path: Path) -> None:
+    network, meant = tiny_unet(), {"num_classes": 2, "objective": "supervised"}
+    for name, about in (
+        ("averaged", {"weights": "EMA", **meant}),
+        ("last", {"weights": "last"}),
+        ("bare", None),
+    ):
+        network.save_pretrained(tmp_path / name, about=about)
+        checkpoint = load_checkpoint(tmp_path / name, "init_from")
+        weights, kind = network_weights(checkpoint, tmp_path / name, "init_from")
+        assert kind == ("EMA" if name == "averaged" else "last")
+        assert weights.keys() == network.state_dict().keys()
+        assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+        assert checkpoint["hyper_parameters"] == (meant if name == "averaged" else {})
+    # What a run goes on from holds more than a network.
+    with pytest.raises(FileNotFoundError, match=r"`ckpt_path` to be a checkpoint file, but .* none at .*averaged"):
+        load_checkpoint(tmp_path / "averaged", "ckpt_path")
+
+
+def test_folders_that_hold_no_exported_network_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"`init_from` to hold config.json, but there is none in .*; give the fol"
+    ):
+        load_checkpoint(tmp_path, "init_from")
+    tiny_unet().save_pretrained(tmp_path / "net")
+    weights = tmp_path / "net" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"`init_from` to hold a complete .*safetensors, but .* cannot be read: "):
+        load_checkpoint(tmp_path / "net", "init_from")
+    (tmp_path / "net" / "config.json").write_text('{"_class_name": "UNet2DModel", "block_out_channels": [32, 64]}')
+    with pytest.raises(ValueError, match=r"`sample_size` in .*config.json to be a positive integer, got None"):
+        load_checkpoint(tmp_path / "net", "init_from")
+
+
 def test_averaged_weights_are_preferred() -> None:
     state = {"network.a": torch.zeros(1), "ema.module.a": torch.ones(1), "ema.n_averaged": torch.tensor(3)}
     weights, kind = network_weights({"state_dict": state}, "file", "x")

@@ -328,7 +328,8 @@ def test_the_sub_command_comes_first(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as stopped:
         _run("--config", "a.yaml", "fit")
     assert stopped.value.code == 2
-    assert "expected a sub-command first (fit, validate, test, predict), got --config" in capsys.readouterr().err
+    words = "expected a sub-command first (fit, validate, test, predict, export), got --config"
+    assert words in capsys.readouterr().err
 
 
 def test_testing_without_any_checkpoint_says_where_it_looked(tmp_path: Path) -> None:

@@ -16,7 +16,11 @@ def _resolved(**changes: Any) -> dict[str, Any]:
         "stages": ["a.yaml"],
         "model": {"class_path": "M", "init_args": {"lr": 0.1, "sizes": [1, 2], "net": {"class_path": "N"}}},
         "data": {"class_path": "D", "init_args": {"root": "isic", "num_workers": 0}},
-        "trainer": {"max_steps": 5, "default_root_dir": "runs/x", "callbacks": [{"class_path": "C"}]},
+        "trainer": {
+            "max_steps": 5,
+            "default_root_dir": "runs/x",
+            "callbacks": [{"class_path": "C", "init_args": {"output_dir": "x"}}],
+        },
     }
     for key, value in changes.items():
         *path, last = key.split("__")
@@ -45,6 +49,7 @@ def no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         {"trainer__default_root_dir": "elsewhere"},
         {"trainer__enable_progress_bar": False},
         {"ckpt_path": "last"},
+        {"trainer__callbacks": [{"class_path": "C", "init_args": {"output_dir": "elsewhere"}}]},
     ],
 )
 def test_what_does_not_change_the_result_does_not_change_the_hash(change: dict[str, Any]) -> None:
@@ -61,6 +66,7 @@ def test_what_does_not_change_the_result_does_not_change_the_hash(change: dict[s
         {"data__init_args__root": "ph2"},
         {"trainer__max_steps": 6},
         {"trainer__callbacks": [{"class_path": "C"}, {"class_path": "D"}]},
+        {"trainer__callbacks": [{"class_path": "D", "init_args": {"output_dir": "x"}}]},
     ],
 )
 def test_what_changes_the_result_changes_the_hash(change: dict[str, Any]) -> None:
@@ -94,8 +100,13 @@ def test_files_and_artifacts_that_a_run_starts_from(tmp_path: Path) -> None:
     artifact = tmp_path / "images"
     artifact.mkdir()
     (artifact / "manifest.json").write_text("{}")
+    weights = tmp_path / "exported" / "diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"more weights")
     kept = {"a": str(checkpoint), "b": str(artifact), "c": str(tmp_path), "d": "nowhere", "e": "", "f": 3}
+    kept |= {"g": str(weights.parent)}
     assert input_files(kept) == {
         str(checkpoint): file_sha256(checkpoint),
         str(artifact / "manifest.json"): file_sha256(artifact / "manifest.json"),
+        str(weights): file_sha256(weights),
     }

@@ -85,6 +85,37 @@ def test_a_run_is_not_done_when_what_it_started_from_has_changed(tmp_path: Path)
     assert not stages.is_done(tmp_path, "h")
 
 
+def test_a_run_is_not_done_without_the_artifact_it_made(tmp_path: Path) -> None:
+    _finish(tmp_path, "h")
+    made = tmp_path / "pairs" / "manifest.json"
+    made.parent.mkdir()
+    made.write_text('{"kind": "synthetic_images"}')
+    manifest = stages.read_manifest(tmp_path)
+    assert manifest is not None
+    stages.write_manifest(tmp_path, manifest | {"artifacts": {str(made): file_sha256(made)}})
+    assert stages.is_done(tmp_path, "h")
+    made.unlink()
+    assert not stages.is_done(tmp_path, "h")
+
+
+def test_what_a_run_drew_goes_aside_with_it_and_other_runs_below_it_stay(tmp_path: Path) -> None:
+    _finish(tmp_path, "h")
+    for name, file, content in (
+        ("pairs", "manifest.json", '{"kind": "synthetic_images"}'),
+        ("begun", "drawing.json", "{}"),
+        ("inner_run", "manifest.json", '{"kind": "fit"}'),
+        ("mine", "manifest.json", '{"kind": "of something else"}'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(content)
+    aside = stages.set_previous_run_aside(tmp_path)
+    assert aside is not None
+    assert {"pairs", "begun", "manifest.json"} <= {path.name for path in aside.iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inner_run", "mine", "previous"]
+    stages.bring_back(tmp_path, aside)
+    assert (tmp_path / "pairs" / "manifest.json").is_file()
+
+
 def test_a_run_that_made_no_step_gives_the_directory_back(tmp_path: Path) -> None:
     _finish(tmp_path, "h", b"old")
     aside = stages.set_previous_run_aside(tmp_path)

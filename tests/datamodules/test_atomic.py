@@ -3,14 +3,11 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import callbacks
-from callbacks import write_atomically, write_json_atomically
+from datamodules.atomic import write_atomically, write_json_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -70,13 +67,3 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="remove that folder"):
         write_atomically(tmp_path / "folder", b"new")
     assert names(tmp_path) == ["folder", "taken"]
-
-
-def test_names_are_resolved_on_first_use() -> None:
-    for name in callbacks.__all__:
-        assert name in dir(callbacks)
-        assert getattr(callbacks, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        getattr(callbacks, "Nothing")  # noqa: B009 - mypy knows that it does not exist
-    code = "import sys, callbacks; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(callbacks.__file__).parents[1])

@@ -1,0 +1,386 @@
+"""Pairs of an image and its mask, drawn by a module and written for the next stage."""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.callbacks import BasePredictionWriter, Timer
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.seed import isolate_rng
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+from torch import Tensor
+
+from callbacks.drawing import PREDICTION, Pixels, captioned, draw_contours, enlarge, sheet, tint, to_pixels
+from callbacks.image_grid import image_sink, lacks_method
+from datamodules.synthetic_images import Drawing, DrawRequest, Origin, read, weights_sha256
+
+_TAG = "drawn/pairs"
+_SHOWN = 16
+_PAIRS_A_ROW = 4
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """A module that draws images and their masks."""
+
+    def draw(self, request: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Pairs for `seed` [B], `image_size`, `sampler` and `num_steps`; each a function of its own seed.
+
+        Returns `image` [B, 3, H, W] in [0, 1], `mask` [B, H, W] of class ids, `confidence` [B] and `seed` [B].
+        """
+        ...
+
+
+@runtime_checkable
+class AsksForPairs(Protocol):
+    """Data for `predict` that are requests instead of images."""
+
+    request: DrawRequest
+
+    def leave_out(self, blocks: Collection[int]) -> None:
+        """Do not ask for these blocks of the request."""
+        ...
+
+
+class SyntheticImageWriter(BasePredictionWriter):
+    """Draws (image, mask) pairs when a fit ends, and writes them as a SyntheticImages artifact.
+
+    In `predict` it writes what the module draws for a SamplingDataModule, whose request counts then; with other data
+    it does nothing. Either way the folder is the same for any number of devices. When drawing was interrupted, the
+    same command goes on with the blocks that are missing (a fit with `--ckpt_path last`), and the files end up as if
+    nothing had happened. A folder that is finished is left alone; one that was drawn from other weights, or in another
+    way, is an error.
+
+    The first pairs are shown in TensorBoard (`drawn/pairs`).
+
+    Args:
+        output_dir: Folder of the artifact; a relative one is below the current directory. Made if missing.
+        request: What to draw when a fit ends; None draws in `predict` only.
+
+    Attributes:
+        artifacts: Folders that this run has finished, for the manifest of the run.
+    """
+
+    def __init__(self, output_dir: str, request: DrawRequest | None = None) -> None:
+        """Nothing is made or written before something is drawn."""
+        super().__init__(write_interval="batch")
+        self.output_dir = Path(output_dir).expanduser()
+        self.request = request
+        self.artifacts: list[str] = []
+        self._trained: dict[str, Any] = {}
+        self._asked: Drawing | None = None
+        self._origin: Origin | None = None
+        self._left = 0
+        self._since = 0.0
+
+    # ---------------------------------------------------------------- when a fit ends
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out now what would only show after the training.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module; it has to offer `draw(request)`.
+
+        Raises:
+            TypeError: The module does not draw.
+            ValueError: The folder holds other pairs, or the module refuses to draw.
+        """
+        if self.request is None:
+            return
+        if not isinstance(pl_module, Draws):
+            raise TypeError(lacks_method(pl_module, "draw(request)", type(self)))
+        if not _is_dry(trainer):
+            known = self._origin_of(trainer, self.request, weights="").identity()
+            del known["weights"]  # they are not what they are going to be
+            Drawing(self.output_dir, self.request).require(known)
+        trial = replace(self.request, num_images=1, batch_size=1, num_steps=1)
+        with isolate_rng(), _drawing(trainer, pl_module) as draw:
+            Drawing(self.output_dir, trial).check(0, draw(trial.batch(0)), self._num_classes(trainer))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw what is missing.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module that draws.
+
+        Raises:
+            ValueError: The folder holds pairs of another origin, or what was drawn cannot be written.
+            OSError: A file could not be written.
+        """
+        self._trained = self._known_to_data(trainer)
+        if self.request is None or not isinstance(pl_module, Draws):
+            return
+        if _is_dry(trainer) or _is_out_of_time(trainer):
+            why = "a dry run" if _is_dry(trainer) else "max_time is over: go on with the fit first"
+            rank_zero_info(f"{self._name}: nothing is drawn ({why}).")
+            return
+        drawing = Drawing(self.output_dir, self.request)
+        origin = self._origin_of(trainer, self.request, weights_sha256(pl_module))
+        self._left = _count(drawing, drawing.missing())
+        self._begin(drawing, origin)
+        own = drawing.missing(trainer.global_rank, trainer.world_size)
+        with _drawing(trainer, pl_module) as draw, _progress(trainer, _count(drawing, own)) as advance:
+            for block in own:
+                drawing.write(block, draw(self.request.batch(block)), origin.num_classes)
+                advance(len(self.request.seeds(block)))
+        self._finish(drawing, trainer)
+
+    # ---------------------------------------------------------------- in predict
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave out of a prediction what has been drawn before.
+
+        Args:
+            trainer: The trainer with its data.
+            pl_module: Not looked at.
+            stage: Only "predict" matters.
+
+        Raises:
+            ValueError: The folder holds the pairs of another request.
+        """
+        super().setup(trainer, pl_module, stage)
+        self._asked = self._origin = None
+        data = getattr(trainer, "datamodule", None)
+        if stage != "predict" or not isinstance(data, AsksForPairs):
+            return
+        self._asked = Drawing(self.output_dir, data.request)
+        self._asked.require({"request": asdict(data.request)})
+        missing = self._asked.missing()
+        self._left = _count(self._asked, missing)
+        data.leave_out(set(range(data.request.num_blocks)) - set(missing))
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remember what a checkpoint says of its training.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            checkpoint: The whole checkpoint; `lightning fit` has written `fingerprint` and `config_hash` into it.
+        """
+        self._trained = {name: checkpoint.get(name) for name in ("class_names", "fingerprint", "config_hash")}
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write down what the pairs are drawn from, before the first.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module that draws.
+
+        Raises:
+            ValueError: The folder holds pairs of another origin.
+        """
+        if self._asked is not None:
+            self._begin_predicted(self._asked, trainer, pl_module)
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,  # noqa: ANN401 - whatever a predict_step returns; checked below
+        batch_indices: Sequence[int] | None,
+        batch: Any,  # noqa: ANN401 - whatever a loader yields
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the pairs of one block.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module that drew.
+            prediction: What `predict_step` returned.
+            batch_indices: Not used.
+            batch: The request.
+            batch_idx: Not used.
+            dataloader_idx: Not used.
+
+        Raises:
+            TypeError: The prediction is no pairs, or the requests do not come from a SamplingDataModule.
+            ValueError: It cannot be written.
+            OSError: A file could not be written.
+        """
+        if self._asked is not None:
+            request = self._asked.request
+            block = (int(batch["seed"][0]) - request.first_seed) // request.batch_size
+            self._asked.write(block, prediction, self._num_classes(trainer))
+        elif isinstance(batch, Mapping) and "seed" in batch:
+            msg = (
+                f"Expected requests for pairs to come from a datamodule with `request` and `leave_out(blocks)`, got "
+                f"{type(getattr(trainer, 'datamodule', None)).__name__}; use SamplingDataModule."
+            )
+            raise TypeError(msg)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Finish the folder of a prediction.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module that drew.
+            stage: Only "predict" matters.
+
+        Raises:
+            ValueError: The folder holds pairs of another origin.
+            OSError: A file could not be written.
+        """
+        # Not at the end of the prediction: a process without requests is not told of that.
+        if stage == "predict" and self._asked is not None:
+            self._begin_predicted(self._asked, trainer, pl_module)
+            self._finish(self._asked, trainer)
+            self._asked = None
+
+    # ---------------------------------------------------------------- both
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _num_classes(self, trainer: pl.Trainer) -> int | None:
+        return getattr(getattr(trainer, "datamodule", None), "num_classes", None)
+
+    def _known_to_data(self, trainer: pl.Trainer) -> dict[str, Any]:
+        data = getattr(trainer, "datamodule", None)
+        records = [getattr(callback, "record", None) for callback in getattr(trainer, "callbacks", ())]
+        hashes = [r["config_hash"] for r in records if isinstance(r, Mapping) and "config_hash" in r]
+        return {
+            "class_names": getattr(data, "class_names", None) or None,
+            "fingerprint": getattr(data, "fingerprint", None) or None,
+            "config_hash": hashes[0] if hashes else None,
+        }
+
+    def _origin_of(self, trainer: pl.Trainer, request: DrawRequest, weights: str) -> Origin:
+        """What pairs are drawn from: in a fit the data say so, in predict the checkpoint."""
+        known = self._known_to_data(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            known = self._trained | {"class_names": known["class_names"] or self._trained.get("class_names")}
+        return Origin(request, weights, self._num_classes(trainer), **known)
+
+    def _begin_predicted(self, drawing: Drawing, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._origin is None:
+            self._origin = self._origin_of(trainer, drawing.request, weights_sha256(pl_module))
+            self._begin(drawing, self._origin)
+
+    def _begin(self, drawing: Drawing, origin: Origin) -> None:
+        drawing.begin(origin)
+        self._since = time.monotonic()
+        if self._left:
+            request = drawing.request
+            rank_zero_info(
+                f"{self._name}: drawing {self._left} of {request.num_images} pairs of {request.image_size} px "
+                f"({request.sampler}, {request.num_steps} steps) into {drawing.folder}."
+            )
+
+    def _finish(self, drawing: Drawing, trainer: pl.Trainer) -> None:
+        """Rank 0 finishes once all have written, and nobody goes on before it has."""
+        trainer.strategy.barrier("SyntheticImageWriter: drawn")
+        if trainer.is_global_zero:
+            request, folder = drawing.request, drawing.folder
+            if drawing.finish():
+                self.artifacts = [str(folder)]
+                took = f"drawn in {time.monotonic() - self._since:.0f} s" if self._left else "nothing was left to draw"
+                rank_zero_info(f"{self._name}: {request.num_images} pairs in {folder}, {took}.")
+                if self._left:
+                    self._show(trainer, folder)
+            else:
+                rank_zero_info(
+                    f"{self._name}: {folder} is not finished, {len(drawing.missing())} of {request.num_blocks} blocks "
+                    "are missing; the same command goes on."
+                )
+        trainer.strategy.barrier("SyntheticImageWriter: finished")
+
+    def _show(self, trainer: pl.Trainer, folder: Path) -> None:
+        add_image = image_sink(trainer)
+        if add_image is not None:
+            add_image(_TAG, _picture(folder), trainer.global_step, dataformats="HWC")
+
+
+@contextmanager
+def _drawing(
+    trainer: pl.Trainer, pl_module: pl.LightningModule
+) -> Iterator[Callable[[dict[str, Any]], Mapping[str, Tensor]]]:
+    """What draws a block as predict would: on the trainer's device, at its precision, in evaluation mode."""
+    if not isinstance(pl_module, Draws):
+        raise TypeError(lacks_method(pl_module, "draw(request)", SyntheticImageWriter))
+    modes = {module: module.training for module in pl_module.modules()}
+    # When a fit has ended Lightning has moved the module to the CPU.
+    device, home = trainer.strategy.root_device, pl_module.device
+
+    def draw(batch: dict[str, Any]) -> Mapping[str, Tensor]:
+        return pl_module.draw(batch | {"seed": batch["seed"].to(device)})
+
+    pl_module.to(device)
+    pl_module.eval()
+    try:
+        with torch.no_grad(), trainer.strategy.precision_plugin.forward_context():
+            yield draw
+    finally:
+        pl_module.to(home)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _count(drawing: Drawing, blocks: Collection[int]) -> int:
+    return sum(len(drawing.request.seeds(block)) for block in blocks)
+
+
+class _Speed(ProgressColumn):
+    """Images a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} images/s" if task.speed else "")
+
+
+@contextmanager
+def _progress(trainer: pl.Trainer, count: int) -> Iterator[Callable[[int], None]]:
+    """A bar over this process's images; on a terminal, in the first process, where progress is wanted at all."""
+    console = Console(stderr=True)
+    wanted = trainer.progress_bar_callback is not None and trainer.is_global_zero and count > 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed())
+    share = f" (1 of {trainer.world_size} processes)" if trainer.world_size > 1 else ""
+    with Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal)) as bar:
+        task = bar.add_task(f"drawing pairs{share}", total=count)
+        yield lambda images: bar.advance(task, images)
+
+
+def _is_dry(trainer: pl.Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def _is_out_of_time(trainer: pl.Trainer) -> bool:
+    timers = [callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, Timer)]
+    return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
+
+
+def _picture(folder: Path) -> Pixels:
+    artifact = read(folder)
+    first = artifact.rows[:_SHOWN]
+    masks = [_values(folder / row.mask_file_name)[0] for row in first]
+    classes = artifact.manifest.get("num_classes") or max(2, *(int(mask.max()) + 1 for mask in masks))
+    cells = []
+    for row, mask in zip(first, masks, strict=True):
+        plain, scale = to_pixels(_values(folder / row.file_name) / 255, 128)
+        labels = enlarge(mask, scale)
+        outlined = draw_contours(tint(plain, labels, classes), labels, PREDICTION, 2 if classes == 2 else 1)
+        cells += [plain, captioned(outlined, f"confidence {row.confidence:.3f}")]
+    width = 2 * min(_PAIRS_A_ROW, len(first))
+    rows = [cells[i : i + width] for i in range(0, len(cells), width)]
+    return sheet(["image", "mask (red)"] * (width // 2), rows)
+
+
+def _values(path: Path) -> Tensor:
+    """[C, H, W] int64 of a picture."""
+    with Image.open(path) as image:
+        values = np.atleast_3d(np.asarray(image))
+    return torch.from_numpy(values.astype(np.int64)).movedim(-1, 0)

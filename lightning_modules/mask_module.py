@@ -1,0 +1,95 @@
+"""What every module that predicts masks shares: metrics, calibration, uncertainty, predictions."""
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from lightning_modules.base import BaseModule
+from lightning_modules.mask_metrics import mask_metrics, reliability_bins
+from lightning_modules.uncertainty import entropy, image_confidence
+
+Split = Literal["val", "test"]
+
+
+class MaskModule(BaseModule):
+    """A module whose network is a segmenter, perhaps among other things.
+
+    A subclass calls `build_mask_metrics` once, says how images are segmented (`segment`), what one batch of an
+    evaluation adds to the metrics (`_eval_step`) and what is logged at its end (`_log_eval`).
+    """
+
+    num_classes: int
+    val_metrics: MetricCollection
+    test_metrics: MetricCollection
+
+    def build_mask_metrics(self, num_classes: int) -> None:
+        """Give the module its metrics on masks, one collection a split.
+
+        Raises:
+            ValueError: There is no class beside the background.
+        """
+        if num_classes < 2:
+            msg = f"Expected `num_classes` >= 2 (background included), got {num_classes}; one lesion class makes 2."
+            raise ValueError(msg)
+        self.num_classes = num_classes
+        metrics = mask_metrics(num_classes)
+        self.val_metrics = metrics.clone(prefix="val_")
+        self.test_metrics = metrics.clone(prefix="test_")
+
+    @abstractmethod
+    def segment(self, image: Tensor) -> Tensor:
+        """Class probabilities [B, K, H, W] of images [B, C, H, W] in [0, 1]."""
+
+    @abstractmethod
+    def _eval_step(self, batch: dict[str, Tensor], split: Split) -> None:
+        """Update what is measured; padding (index -1) counts nowhere."""
+
+    @abstractmethod
+    def _log_eval(self, split: Split) -> None:
+        """Log what was measured, and start again."""
+
+    def uncertainty(self, image: Tensor) -> Tensor:
+        """Uncertainty of each pixel of images [B, C, H, W], in nats: [B, H, W], the entropy of its probabilities."""
+        return entropy(self.segment(image))
+
+    def reliability(self, split: Split) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Confidence, accuracy and count of each calibration bin so far; None where no masks are trained."""
+        return reliability_bins(self.metrics_of(split))
+
+    def metrics_of(self, split: Split) -> MetricCollection:
+        """The metrics of a split."""
+        return self.val_metrics if split == "val" else self.test_metrics
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Update the validation metrics."""
+        self._eval_step(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_eval("val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Update the test metrics."""
+        self._eval_step(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_eval("test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Segment a batch of images.
+
+        Returns:
+            probabilities [B, K, H, W], mask [B, H, W] of class ids, uncertainty [B, H, W] in nats, confidence [B] in
+            [0, 1], index [B].
+        """
+        probabilities = self.segment(batch["image"])
+        return {
+            "probabilities": probabilities,
+            "mask": probabilities.argmax(1),
+            "uncertainty": entropy(probabilities),
+            "confidence": image_confidence(probabilities),
+            "index": batch["index"],
+        }

@@ -1,0 +1,110 @@
+"""A module that draws, data to train it on, and runs of both."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from callbacks import SyntheticImageWriter
+from datamodules import DrawRequest, SamplingDataModule
+
+REQUEST = DrawRequest(num_images=11, image_size=6, first_seed=3, batch_size=2, num_steps=4)
+
+
+class Painter(pl.LightningModule):
+    """Draws a bright square at a place that the seed decides, on a ground as dark as its one weight says.
+
+    Args:
+        ground: What the weight starts from; a step of training adds 1/8.
+        seconds: How long a draw takes.
+    """
+
+    def __init__(self, ground: float = 0.25, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(ground))
+        self.body = nn.Sequential(nn.Dropout(0.5))
+        self.body.eval()  # as StageTransition leaves frozen layers
+        self.seconds = seconds
+        self.asked: list[dict[str, Any]] = []
+        self.modes: set[bool] = set()
+
+    def draw(self, request: Mapping[str, Any]) -> dict[str, Tensor]:
+        time.sleep(self.seconds)
+        seed, size = request["seed"], request["image_size"]
+        self.asked.append({"seed": seed.tolist(), **{k: v for k, v in request.items() if k != "seed"}})
+        self.modes.add(self.training)
+        mask = torch.zeros(len(seed), size, size, dtype=torch.int64)
+        for one, s in zip(mask, seed.tolist(), strict=True):
+            one[s % (size - 2) :, s % 3 : s % 3 + 2] = 1
+        image = (self.weight + 0.5 * mask[:, None]).expand(-1, 3, -1, -1)
+        return {"image": image, "mask": mask, "confidence": (seed % 7) / 7, "seed": seed}
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self.weight * batch.mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.125)
+
+    def predict_step(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return self.draw(batch)
+
+
+class Ones(pl.LightningDataModule):
+    """One step an epoch whose gradient is -1, and what a segmentation datamodule tells of its data."""
+
+    num_classes = 2
+    class_names: tuple[str, ...] = ("background", "square")
+
+    def __init__(self, fingerprint: str = "f" * 64) -> None:
+        super().__init__()
+        self.fingerprint = fingerprint
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader([-torch.ones(1)] * 2, batch_size=2)  # type: ignore[arg-type]  # a list is a data set too
+
+
+def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    """A silent trainer of one epoch that writes nothing itself."""
+    silent: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 1,
+    }
+    return pl.Trainer(**silent | options, callbacks=list(callbacks))
+
+
+def fit(folder: Path, module: pl.LightningModule | None = None, request: DrawRequest = REQUEST, **options: Any) -> None:
+    """Train for a step, then draw."""
+    trainer(SyntheticImageWriter(str(folder), request), **options).fit(module or Painter(), Ones())
+
+
+def predict(
+    folder: Path, module: pl.LightningModule | None = None, request: DrawRequest = REQUEST, **options: Any
+) -> SyntheticImageWriter:
+    """Draw for requests; without a checkpoint nothing is known of the training."""
+    writer = SyntheticImageWriter(str(folder))
+    data = SamplingDataModule(
+        request.num_images,
+        2,
+        request.image_size,
+        request.first_seed,
+        request.batch_size,
+        request.sampler,
+        request.num_steps,
+        ["background", "square"],
+    )
+    trainer(writer, **options).predict(module or Painter(0.375), data, return_predictions=False)
+    return writer
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, hidden ones too."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
