@@ -297,7 +297,7 @@ class HybridSegmentation(MaskModule):
             image_term = self.process.image_weight(sigma) * F.mse_loss(denoised, x, reduction="none").mean((1, 2, 3))
         mask_term = None
         if self.objective != "generative":
-            mask_term = mask_loss_per_image(mask, batch["mask"], self.mask_loss)
+            mask_term = mask_loss_per_image(mask, self.known(batch["mask"]), self.mask_loss)
         return image_term, mask_term
 
     def _total(self, image_term: Tensor | None, mask_term: Tensor | None) -> Tensor:

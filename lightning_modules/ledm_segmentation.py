@@ -136,6 +136,7 @@ class LEDMSegmentation(MaskModule):
         self.noise_seed = noise_seed
         self._cache = FeatureCache()
         self._has_backbone = False
+        self._unseen = set(range(num_classes))
         self.register_buffer("best_loss", torch.full((num_members,), torch.inf))
         self.register_buffer("stale_steps", torch.zeros(num_members, dtype=torch.long))
         self.build_mask_metrics(num_classes)
@@ -240,7 +241,9 @@ class LEDMSegmentation(MaskModule):
         """The members' summed loss on pixels of a batch of image [B, C, H, W] and mask [B, H, W]."""
         real = batch["index"] >= 0
         batch = {name: value[real] for name, value in batch.items()}
-        mask = without_rare_classes(self._known(batch["mask"]), self.num_classes, self.min_class_pixels)
+        mask = without_rare_classes(self.known(batch["mask"]), self.num_classes, self.min_class_pixels)
+        if self._unseen:
+            self._unseen -= set(mask.unique().tolist())
         labelled = (mask != IGNORE).flatten().nonzero().squeeze(1)
         if not len(labelled):
             # Nothing to learn here, but other processes may wait for this one's word and gradients.
@@ -257,15 +260,13 @@ class LEDMSegmentation(MaskModule):
         self._stop_if_stale(losses.detach())
         return loss
 
-    def _known(self, mask: Tensor) -> Tensor:
-        wrong = mask[(mask != IGNORE) & ((mask < 0) | (mask >= self.num_classes))]
-        if len(wrong):
-            msg = (
-                f"Expected masks with class ids below `num_classes` = {self.num_classes}, or {IGNORE} to ignore a "
-                f"pixel, got id {int(wrong[0])}; set `num_classes` to that of the data, or map the ids."
+    def on_train_epoch_end(self) -> None:
+        """Say once which classes there is nothing to learn about."""
+        if self.current_epoch == 0 and self._unseen:
+            rank_zero_warn(
+                f"Of the `num_classes` = {self.num_classes} classes, {sorted(self._unseen)} did not occur in the "
+                "training masks of the first epoch and will not be predicted; give labelled images that show them."
             )
-            raise ValueError(msg)
-        return mask
 
     def _stop_if_stale(self, losses: Tensor | None) -> None:
         if self.patience is None or self.current_epoch < PATIENCE_FROM_EPOCH:
@@ -310,7 +311,7 @@ class LEDMSegmentation(MaskModule):
         real = batch["index"] >= 0
         if not bool(real.any()):
             return
-        verdict, mask = self.judge(batch["image"][real]), self._known(batch["mask"][real])
+        verdict, mask = self.judge(batch["image"][real]), self.known(batch["mask"][real])
         log_p = verdict.probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
         self._loss_of(split).update(mask_loss_per_image(log_p, mask, "ce"))
         # Overlap is the vote's, calibration the probabilities'.

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lightning_modules.base import BaseModule
+from lightning_modules.mask_losses import IGNORE
 from lightning_modules.mask_metrics import mask_metrics, reliability_bins
 from lightning_modules.uncertainty import entropy, image_confidence
 
@@ -28,15 +29,47 @@ class MaskModule(BaseModule):
         """Give the module its metrics on masks, one collection a split.
 
         Raises:
-            ValueError: There is no class beside the background.
+            ValueError: There is no class beside the background, or more classes than masks can hold.
         """
-        if num_classes < 2:
-            msg = f"Expected `num_classes` >= 2 (background included), got {num_classes}; one lesion class makes 2."
+        if not 2 <= num_classes <= IGNORE:
+            msg = (
+                f"Expected `num_classes` from 2 to {IGNORE} (background included), got {num_classes}; one lesion class "
+                f"makes 2, and masks hold the ids 0 to {IGNORE - 1}, as {IGNORE} marks what is not labelled."
+            )
             raise ValueError(msg)
         self.num_classes = num_classes
         metrics = mask_metrics(num_classes)
         self.val_metrics = metrics.clone(prefix="val_")
         self.test_metrics = metrics.clone(prefix="test_")
+
+    def setup(self, stage: str) -> None:
+        """Compare the classes with the data's, where a datamodule knows them.
+
+        Raises:
+            ValueError: They differ.
+        """
+        of_data = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if of_data is not None and of_data != self.num_classes:
+            msg = (
+                f"Expected `num_classes` to be the data's, got {self.num_classes} for the module and {of_data} from "
+                f"{type(self.trainer.datamodule).__name__}; build the module with num_classes={of_data}."
+            )
+            raise ValueError(msg)
+
+    def known(self, mask: Tensor) -> Tensor:
+        """Return a mask [B, H, W] if all of its ids are classes, or 255.
+
+        Raises:
+            ValueError: It holds another id.
+        """
+        wrong = mask[(mask != IGNORE) & ((mask < 0) | (mask >= self.num_classes))]
+        if len(wrong):
+            msg = (
+                f"Expected masks with class ids below `num_classes` = {self.num_classes}, or {IGNORE} to ignore a "
+                f"pixel, got id {int(wrong[0])}; set `num_classes` to that of the data, or map the ids."
+            )
+            raise ValueError(msg)
+        return mask
 
     @abstractmethod
     def segment(self, image: Tensor) -> Tensor:

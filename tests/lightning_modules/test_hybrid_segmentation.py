@@ -324,7 +324,8 @@ def test_a_checkpoint_with_other_classes_is_refused_for_resume(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: HybridSegmentation(tiny_unet(), 1), "`num_classes` >= 2"),
+        (lambda: HybridSegmentation(tiny_unet(), 1), "`num_classes` from 2 to 255"),
+        (lambda: HybridSegmentation(tiny_unet(259), 256), "`num_classes` from 2 to 255 .*, got 256"),
         (lambda: HybridSegmentation(tiny_unet(), 2, mask_weight=-1), "`mask_weight` >= 0, got -1"),
         (lambda: HybridSegmentation(tiny_unet(), 2, num_level_bins=0), "`num_level_bins` >= 1"),
         (lambda: HybridSegmentation(tiny_unet(), 2, ema_decay=1.0), r"`ema_decay` in \[0, 1\), got 1.0"),
