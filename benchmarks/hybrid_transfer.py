@@ -112,17 +112,11 @@ class Job:
     words: tuple[str, ...]
 
 
-def pretraining_jobs(
-    task: Task, root: Path, shared: Sequence[str], names: Sequence[str], seeds: Sequence[int]
-) -> list[Job]:
-    """The fits on the source domain."""
-    jobs = []
-    for seed in seeds:
-        for name in names:
-            place = root / "pretrained" / f"{name}_seed_{seed}"
-            words = ("fit", "--config", str(CONFIGS / task.source), *shared, *PRETRAININGS[name])
-            jobs.append(Job(place, (*words, "--seed_everything", str(seed), *_in(place))))
-    return jobs
+def pretraining_job(task: Task, root: Path, shared: Sequence[str], name: str, seed: int) -> Job:
+    """A fit on the source domain."""
+    place = _pretrained(root, name, seed)
+    words = ("fit", "--config", str(CONFIGS / task.source), *shared, *PRETRAININGS[name])
+    return Job(place, (*words, "--seed_everything", str(seed), *_in(place)))
 
 
 def target_job(task: Task, root: Path, shared: Sequence[str], case: tuple[str, str, int, int], pretrained: int) -> Job:
@@ -156,9 +150,14 @@ def _in(place: Path) -> tuple[str, ...]:
     return ("--trainer.default_root_dir", str(place), "--trainer.enable_progress_bar", "false")
 
 
+def is_done(job: Job) -> bool:
+    """Whether a job's run is finished."""
+    return (job.place / "manifest.json").is_file()
+
+
 def run(job: Job) -> str:
     """Run a job in this process unless it is finished; an error carries what it printed."""
-    if (job.place / "manifest.json").is_file():
+    if is_done(job):
         return f"done before: {job.place}"
     from lightning_modules.cli import main as lightning
 
@@ -196,8 +195,6 @@ def main() -> None:
     task, shared = TASKS[args.task], ["--overlay", str(args.overlay)] if args.overlay else []
     runs = yaml.safe_load(args.overlay.read_text()).get("runs", task.runs) if args.overlay else task.runs
     root = Path(runs) / "transfer" / args.task
-    needed = dict.fromkeys(p for arm in args.arms if (p := ARMS[arm].pretraining) is not None)
-    run_all(pretraining_jobs(task, root, shared, list(needed), args.pretrain_seeds), args.jobs)
     cases = [
         (arm, method, labels, seed)
         for labels in args.labels
@@ -206,10 +203,11 @@ def main() -> None:
         for arm in args.arms
         if not (method == "ledm" and arm == "smp")  # its features know no noise level and have other shapes
     ]
-    jobs = {
-        case: target_job(task, root, shared, case, args.pretrain_seeds[case[3] % len(args.pretrain_seeds)])
-        for case in cases
-    }
+    starts = {case: args.pretrain_seeds[case[3] % len(args.pretrain_seeds)] for case in cases}
+    jobs = {case: target_job(task, root, shared, case, starts[case]) for case in cases}
+    open_ones = {(ARMS[case[0]].pretraining, starts[case]) for case in cases if not is_done(jobs[case])}
+    needed = sorted((name, seed) for name, seed in open_ones if name is not None)
+    run_all([pretraining_job(task, root, shared, name, seed) for name, seed in needed], args.jobs)
     run_all(list(jobs.values()), args.jobs)
     results: Results = {case: json.loads((job.place / "metrics.json").read_text()) for case, job in jobs.items()}
     print(means_table(results))

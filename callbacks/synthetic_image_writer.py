@@ -153,7 +153,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         super().setup(trainer, pl_module, stage)
         self._asked = self._origin = None
         data = getattr(trainer, "datamodule", None)
-        if stage != "predict" or not isinstance(data, AsksForPairs):
+        if stage != "predict" or _is_dry(trainer) or not isinstance(data, AsksForPairs):
             return
         self._asked = Drawing(self.output_dir, data.request)
         self._asked.require({"request": asdict(data.request)})
@@ -216,7 +216,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             request = self._asked.request
             block = (int(batch["seed"][0]) - request.first_seed) // request.batch_size
             self._asked.write(block, prediction, self._num_classes(trainer))
-        elif isinstance(batch, Mapping) and "seed" in batch:
+        elif isinstance(batch, Mapping) and "seed" in batch and not _is_dry(trainer):
             msg = (
                 f"Expected requests for pairs to come from a datamodule with `request` and `leave_out(blocks)`, got "
                 f"{type(getattr(trainer, 'datamodule', None)).__name__}; use SamplingDataModule."

@@ -242,8 +242,8 @@ class LEDMSegmentation(MaskModule):
         real = batch["index"] >= 0
         batch = {name: value[real] for name, value in batch.items()}
         mask = without_rare_classes(self.known(batch["mask"]), self.num_classes, self.min_class_pixels)
-        if self._unseen:
-            self._unseen -= set(mask.unique().tolist())
+        if self._unseen and self.current_epoch == 0:
+            self._unseen -= set(mask.flatten().tolist())
         labelled = (mask != IGNORE).flatten().nonzero().squeeze(1)
         if not len(labelled):
             # Nothing to learn here, but other processes may wait for this one's word and gradients.

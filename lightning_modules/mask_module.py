@@ -52,7 +52,7 @@ class MaskModule(BaseModule):
         if of_data is not None and of_data != self.num_classes:
             msg = (
                 f"Expected `num_classes` to be the data's, got {self.num_classes} for the module and {of_data} from "
-                f"{type(self.trainer.datamodule).__name__}; build the module with num_classes={of_data}."
+                f"the datamodule; build the module with num_classes={of_data}."
             )
             raise ValueError(msg)
 

@@ -18,7 +18,8 @@ from lightning_modules.cli import main
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
 OVERLAYS = [path for path in FILES if path.parent.name == "overlays"]
-CONFIGS = [path for path in FILES if path not in OVERLAYS]
+DRAWS = [path for path in FILES if path.stem.startswith("draw_")]
+CONFIGS = [path for path in FILES if path not in (*OVERLAYS, *DRAWS)]
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +99,7 @@ def test_there_are_configs_and_overlays() -> None:
 def test_a_file_opens_with_its_command(path: Path) -> None:
     assert _header(path).startswith(" "), "a sentence comes first"
     variables, words = next(_commands(path))
-    assert words[:2] == ["fit", "--config"]
+    assert words[:2] == ["predict" if path in DRAWS else "fit", "--config"]
     base = Path(words[2])
     if path in OVERLAYS:
         assert words[3:] == ["--overlay", str(path)]
@@ -115,7 +116,7 @@ def test_each_command_of_a_header_parses(path: Path) -> None:
     commands = [words for _, words in _commands(path)]
     for number, words in enumerate(commands):
         assert str(path) in words
-        if number or path in CONFIGS:  # an overlay's first command is among the combinations below
+        if number or path not in OVERLAYS:  # an overlay's first command is among the combinations below
             assert _printed(*words)["model"]["class_path"]
 
 
@@ -183,6 +184,34 @@ def test_a_config_runs_one_step_on_data_in_the_official_layout(
     if _content(config).get("test_after_fit"):
         assert 0 <= float(cli.trainer.callback_metrics["test_jaccard"]) <= 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shrink.yaml"]
+
+
+@pytest.mark.parametrize("config", DRAWS, ids=str)
+def test_a_config_that_draws_draws_one_batch(config: Path, tmp_path: Path) -> None:
+    small = {
+        "model": {"init_args": {"network": NETWORK}},
+        "data": {"init_args": {"image_size": 16, "batch_size": 2, "num_steps": 2}},
+        "trainer": {"accelerator": "cpu", "devices": 1, "fast_dev_run": True},
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    cli = main(["predict", "--config", str(ROOT / config), "--overlay", "small.yaml"])
+    assert cli is not None
+    assert cli.trainer.num_predict_batches == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
+
+
+@pytest.mark.parametrize("config", DRAWS, ids=str)
+def test_a_config_that_draws_fits_the_run_whose_checkpoint_it_takes(config: Path) -> None:
+    here = _printed("predict", "--config", str(config))
+    fits = {path: _resolved(path, None) for path in CONFIGS}
+    (there,) = [
+        fit for fit in fits.values() if fit["trainer"]["default_root_dir"] == here["trainer"]["default_root_dir"]
+    ]
+    for name in ("objective", "mask_loss", "network", "image_channels"):
+        assert here["model"]["init_args"][name] == there["model"]["init_args"][name]
+    assert here["model"]["init_args"]["process"]["class_path"] == there["model"]["init_args"]["process"]["class_path"]
+    schedule = {fit["model"]["init_args"]["process"]["init_args"]["schedule"] for fit in (here, there)}
+    assert len(schedule) == 1
 
 
 def _apart_from_what_a_flag_is_for(config: Path) -> str:
