@@ -35,7 +35,7 @@ def _modules(num_classes: int) -> list[MaskModule]:
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_data_must_have_as_many_classes(which: int, tmp_path: Path) -> None:
     module = _modules(3)[which]
-    with pytest.raises(ValueError, match="`num_classes` to be the data's, got 3 .* and 2 from the data"):
+    with pytest.raises(ValueError, match=r"`num_classes` to be the data's, got 3 .* and 2 from the data"):
         tiny_trainer(tmp_path).fit(module, datamodule=SquaresData(2))
 
 
