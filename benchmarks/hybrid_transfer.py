@@ -82,10 +82,11 @@ PRETRAININGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Arm:
-    """Where the weights come from, and flags of the fit on the target domain."""
+    """Where the weights come from, flags of the fit on the target domain, and the share of drawn pairs in it."""
 
     pretraining: str | None
     flags: tuple[str, ...] = ()
+    drawn_share: float = 0.0
 
 
 # Fine-tuning goes on denoising, on the labelled images; half of them are shown clean.
@@ -100,6 +101,7 @@ ARMS: dict[str, Arm] = {
         for r in ("0.1", "0.3")
     },
     "hybrid_no_augmentation": Arm("hybrid", ("--data.init_args.train_transform", "albumentations.Compose")),
+    **{f"hybrid_drawn_{share}": Arm("hybrid", drawn_share=share) for share in (0.25, 0.5)},
     "hybrid_keeps_denoising": Arm("hybrid", (*_KEEP_DENOISING, "--model.init_args.mask_weight", "1")),
 }
 
@@ -126,20 +128,40 @@ def target_job(task: Task, root: Path, shared: Sequence[str], case: tuple[str, s
     place = root / name / method / f"labels_{labels}_seed_{seed}"
     config = task.ledm if method == "ledm" else task.target
     start = "null" if arm.pretraining is None else str(_pretrained(root, arm.pretraining, pretrained) / LAST)
-    words = [
-        "fit",
-        "--config",
-        str(CONFIGS / config),
-        *shared,
-        "--stages",
-        "null",
-        "--model.init_args.init_from",
-        start,
-    ]
-    words += ["--data.init_args.num_labels", str(labels), "--data.init_args.labels_seed", str(seed), *_in(place)]
+    words = ["fit", "--config", str(CONFIGS / config), *shared, "--stages", "null"]
+    words += ["--model.init_args.init_from", start, *_labels(labels, seed), *_in(place)]
+    if arm.drawn_share:
+        drawn = generator_job(task, root, shared, (labels, seed), pretrained).place / "pairs"
+        words += ["--data.init_args.synthetic_images", str(drawn)]
+        words += ["--data.init_args.synthetic_share", str(arm.drawn_share)]
     if method == "ledm" and arm.pretraining is not None and arm.pretraining.startswith("supervised"):
         words += ["--model.init_args.sigmas", "[0.0]"]  # it has never seen noise
     return Job(place, (*words, *arm.flags, "--seed_everything", str(seed)))
+
+
+def generator_job(task: Task, root: Path, shared: Sequence[str], case: tuple[int, int], pretrained: int) -> Job:
+    """The fit that goes on with the hybrid objective on the labelled target images, and draws pairs at its end."""
+    place = root / "generators" / "labels_{}_seed_{}".format(*case)
+    start = str(_pretrained(root, "hybrid", pretrained) / LAST)
+    request = {"num_images": 256, "image_size": 32, "sampler": "ancestral", "num_steps": 50}
+    writer = {
+        "class_path": "SyntheticImageWriter",
+        "init_args": {"output_dir": str(place / "pairs"), "request": request},
+    }
+    words = ["fit", "--config", str(CONFIGS / task.target), *shared, "--stages", "null", *_KEEP_DENOISING]
+    words += [
+        "--model.init_args.mask_weight",
+        "0.3",
+        "--model.init_args.init_from",
+        start,
+        *_labels(*case),
+        *_in(place),
+    ]
+    return Job(place, (*words, "--trainer.callbacks", json.dumps([writer]), "--test_after_fit", "false"))
+
+
+def _labels(labels: int, seed: int) -> tuple[str, ...]:
+    return ("--data.init_args.num_labels", str(labels), "--data.init_args.labels_seed", str(seed))
 
 
 def _pretrained(root: Path, name: str, seed: int) -> Path:
@@ -208,6 +230,9 @@ def main() -> None:
     open_ones = {(ARMS[case[0]].pretraining, starts[case]) for case in cases if not is_done(jobs[case])}
     needed = sorted((name, seed) for name, seed in open_ones if name is not None)
     run_all([pretraining_job(task, root, shared, name, seed) for name, seed in needed], args.jobs)
+    drawn = dict.fromkeys(case[2:] for case in cases if ARMS[case[0]].drawn_share and not is_done(jobs[case]))
+    seeds = args.pretrain_seeds
+    run_all([generator_job(task, root, shared, c, seeds[c[1] % len(seeds)]) for c in drawn], args.jobs)
     run_all(list(jobs.values()), args.jobs)
     results: Results = {case: json.loads((job.place / "metrics.json").read_text()) for case, job in jobs.items()}
     print(means_table(results))

@@ -120,7 +120,7 @@ class ImageGrid(pl.Callback):
         if not items:
             self._say(f"the {split} data has no items with `image` and `mask`, nothing is drawn.")
             return
-        with _evaluating(trainer, pl_module):
+        with evaluating(trainer, pl_module):
             precision = trainer.strategy.precision_plugin
             image = precision.convert_input(torch.stack([item["image"] for item in items]).to(pl_module.device))
             mask = torch.stack([item["mask"] for item in items])
@@ -276,7 +276,7 @@ def image_sink(trainer: pl.Trainer) -> Callable[..., object] | None:
 
 
 @contextmanager
-def _evaluating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+def evaluating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
     """Evaluation mode for a moment; afterwards every layer is as it was, frozen ones included."""
     modes = {module: module.training for module in pl_module.modules()}
     pl_module.eval()

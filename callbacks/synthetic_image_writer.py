@@ -21,7 +21,7 @@ from rich.text import Text
 from torch import Tensor
 
 from callbacks.drawing import PREDICTION, Pixels, captioned, draw_contours, enlarge, sheet, tint, to_pixels
-from callbacks.image_grid import image_sink, lacks_method
+from callbacks.image_grid import evaluating, image_sink, lacks_method
 from datamodules.synthetic_images import Drawing, DrawRequest, Origin, read, weights_sha256
 
 _TAG = "drawn/pairs"
@@ -313,7 +313,6 @@ def _drawing(
     """What draws a block as predict would: on the trainer's device, at its precision, in evaluation mode."""
     if not isinstance(pl_module, Draws):
         raise TypeError(lacks_method(pl_module, "draw(request)", SyntheticImageWriter))
-    modes = {module: module.training for module in pl_module.modules()}
     # When a fit has ended Lightning has moved the module to the CPU.
     device, home = trainer.strategy.root_device, pl_module.device
 
@@ -321,14 +320,11 @@ def _drawing(
         return pl_module.draw(batch | {"seed": batch["seed"].to(device)})
 
     pl_module.to(device)
-    pl_module.eval()
     try:
-        with torch.no_grad(), trainer.strategy.precision_plugin.forward_context():
+        with evaluating(trainer, pl_module):
             yield draw
     finally:
         pl_module.to(home)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _count(drawing: Drawing, blocks: Collection[int]) -> int:

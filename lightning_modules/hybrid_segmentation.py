@@ -109,7 +109,6 @@ class HybridSegmentation(MaskModule):
         self.image_channels = image_channels
         self.num_level_bins = num_level_bins
         self.init_from = init_from
-        self._goes_on = False
         self._require_fitting_network()
         self.val_losses = MetricCollection({"image": MeanMetric(), "mask": MeanMetric()})
         self.test_losses = self.val_losses.clone()
@@ -249,7 +248,7 @@ class HybridSegmentation(MaskModule):
         """Start a new fit from `init_from`; one that goes on has its weights from its own checkpoint."""
         super().on_fit_start()
         # Not in `setup`: there it is not known yet whether a checkpoint will be loaded.
-        if self.init_from is not None and not self._goes_on:
+        if self.init_from is not None and not self.goes_on:
             self.load_network(self.init_from)
 
     def load_network(self, path: str) -> None:
@@ -274,18 +273,6 @@ class HybridSegmentation(MaskModule):
         replaced = load_trunk_and_head(self.network, weights, head, min(image_rows), same, path)
         self.reset_ema()
         self.say(f"init_from: {kind} weights of {path}; last layer {head}: {replaced or 'taken over as it is'}")
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint with other classes before torch reports shapes."""
-        theirs = checkpoint.get("hyper_parameters", {}).get("num_classes", self.num_classes)
-        if theirs != self.num_classes:
-            msg = (
-                f"Expected a checkpoint with `num_classes` = {self.num_classes}, got one with {theirs}; to start from "
-                "it with other classes, pass it as model.init_args.init_from, which replaces the last layer."
-            )
-            raise ValueError(msg)
-        super().on_load_checkpoint(checkpoint)
-        self._goes_on = True
 
     def _terms(self, network: nn.Module, batch: dict[str, Tensor], sigma: Tensor, eps: Tensor | None) -> _Terms:
         """The loss terms of each image of a batch at given noise levels; None is no noise."""

@@ -135,7 +135,6 @@ class LEDMSegmentation(MaskModule):
         self.cache_features = cache_features
         self.noise_seed = noise_seed
         self._cache = FeatureCache()
-        self._has_backbone = False
         self._unseen = set(range(num_classes))
         self.register_buffer("best_loss", torch.full((num_members,), torch.inf))
         self.register_buffer("stale_steps", torch.zeros(num_members, dtype=torch.long))
@@ -156,7 +155,7 @@ class LEDMSegmentation(MaskModule):
         # Features of an earlier fit may be another backbone's.
         self._cache = FeatureCache()
         # Not in `setup`: there it is not known yet whether a checkpoint will be loaded.
-        if self._has_backbone:
+        if self.goes_on:
             return
         if self.init_from is not None:
             self.load_backbone(self.init_from)
@@ -183,25 +182,12 @@ class LEDMSegmentation(MaskModule):
         checkpoint = load_checkpoint(path, "init_from")
         weights, kind = network_weights(checkpoint, path, "init_from")
         load_trunk_and_head(self.backbone, weights, head_name(self.backbone), 0, True, path)
-        self._has_backbone = True
         self.say(f"init_from: {kind} weights of {path} are the frozen backbone")
         if checkpoint.get("hyper_parameters", {}).get("objective") == "supervised" and any(self.sigmas):
             rank_zero_warn(
                 f"`init_from` {path} was trained with objective 'supervised', on clean images only, but features are "
                 f"taken at `sigmas` {self.sigmas}; set model.init_args.sigmas: [0.0]."
             )
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint with other classes before torch reports shapes."""
-        theirs = checkpoint.get("hyper_parameters", {}).get("num_classes", self.num_classes)
-        if theirs != self.num_classes:
-            msg = (
-                f"Expected a checkpoint with `num_classes` = {self.num_classes}, got one with {theirs}; train the "
-                "classifiers again, with `init_from` for the backbone."
-            )
-            raise ValueError(msg)
-        super().on_load_checkpoint(checkpoint)
-        self._has_backbone = True
 
     @torch.no_grad()
     def features(self, image: Tensor) -> list[Tensor]:

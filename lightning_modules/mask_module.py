@@ -19,8 +19,15 @@ class MaskModule(BaseModule):
 
     A subclass calls `build_mask_metrics` once, says how images are segmented (`segment`), what one batch of an
     evaluation adds to the metrics (`_eval_step`) and what is logged at its end (`_log_eval`).
+
+    Attributes:
+        goes_on: Whether the weights are those of a checkpoint that was loaded.
+        num_classes: Classes, the background included.
+        val_metrics: Overlap and calibration in validation.
+        test_metrics: The same in test.
     """
 
+    goes_on = False
     num_classes: int
     val_metrics: MetricCollection
     test_metrics: MetricCollection
@@ -70,6 +77,18 @@ class MaskModule(BaseModule):
             )
             raise ValueError(msg)
         return mask
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint with other classes before torch reports shapes."""
+        theirs = checkpoint.get("hyper_parameters", {}).get("num_classes", self.num_classes)
+        if theirs != self.num_classes:
+            msg = (
+                f"Expected a checkpoint with `num_classes` = {self.num_classes}, got one with {theirs}; to start from "
+                "it with other classes, pass it as model.init_args.init_from, which needs no last layer of that size."
+            )
+            raise ValueError(msg)
+        super().on_load_checkpoint(checkpoint)
+        self.goes_on = True
 
     @abstractmethod
     def segment(self, image: Tensor) -> Tensor:

@@ -355,7 +355,7 @@ def test_a_checkpoint_is_complete_and_loads_without_unpickling(tmp_path: Path) -
     assert torch.equal(loaded.segment(image), model.eval().segment(image))
     assert not any(p.requires_grad for p in loaded.backbone.parameters())
     other = LEDMSegmentation(tiny_unet(), 3, blocks=(1, 2), num_members=3, sigmas=(0.3,))
-    with pytest.raises(ValueError, match="`num_classes` = 3, got one with 2; train the classifiers again"):
+    with pytest.raises(ValueError, match="`num_classes` = 3, got one with 2; to start from it"):
         tiny_trainer(tmp_path).test(other, squares_loader(), ckpt_path=str(tmp_path / "ledm.ckpt"), weights_only=True)
 
 
