@@ -10,7 +10,8 @@ is fine-tuned, `ledm`: pixel classifiers on its frozen features). Label seed s s
 `--pretrain_seeds`[s mod their number], in every arm, so that arms can be compared in pairs. `--arms` takes any name of
 ARMS below, the variations of the ablation too.
 
-Runs that are finished are not repeated. One process a core: `--jobs` at a time, one thread each.
+Runs that are finished are not repeated, whatever has changed since: remove their folder to do so. One process a core:
+`--jobs` at a time, one thread each.
 """
 
 import argparse
@@ -134,6 +135,9 @@ def target_job(task: Task, root: Path, shared: Sequence[str], case: tuple[str, s
         drawn = generator_job(task, root, shared, (labels, seed), pretrained).place / "pairs"
         words += ["--data.init_args.synthetic_images", str(drawn)]
         words += ["--data.init_args.synthetic_share", str(arm.drawn_share)]
+    # The noise process is the pretraining's in everything that starts from it.
+    known = PRETRAININGS.get(arm.pretraining or "", ())
+    words += [w for i, w in enumerate(known) if ".process" in w or (i and ".process" in known[i - 1])]
     if method == "ledm" and arm.pretraining is not None and arm.pretraining.startswith("supervised"):
         words += ["--model.init_args.sigmas", "[0.0]"]  # it has never seen noise
     return Job(place, (*words, *arm.flags, "--seed_everything", str(seed)))
@@ -142,8 +146,10 @@ def target_job(task: Task, root: Path, shared: Sequence[str], case: tuple[str, s
 def generator_job(task: Task, root: Path, shared: Sequence[str], case: tuple[int, int], pretrained: int) -> Job:
     """The fit that goes on with the hybrid objective on the labelled target images, and draws pairs at its end."""
     place = root / "generators" / "labels_{}_seed_{}".format(*case)
+    overlay = yaml.safe_load(Path(shared[1]).read_text()) if shared else {}
+    size = overlay.get("data", {}).get("init_args", {}).get("image_size", 32)
     start = str(_pretrained(root, "hybrid", pretrained) / LAST)
-    request = {"num_images": 256, "image_size": 32, "sampler": "ancestral", "num_steps": 50}
+    request = {"num_images": 256, "image_size": size, "sampler": "ancestral", "num_steps": 50}
     writer = {
         "class_path": "SyntheticImageWriter",
         "init_args": {"output_dir": str(place / "pairs"), "request": request},

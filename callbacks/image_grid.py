@@ -185,7 +185,7 @@ class SegmentationGrid(ImageGrid):
         if not isinstance(pl_module, Segments):
             raise TypeError(lacks_method(pl_module, "segment(image)", type(self)))
         probabilities = pl_module.segment(image)
-        classes, labels = probabilities.shape[1], probabilities.argmax(1).cpu()
+        classes, labels = probabilities.shape[1], predicted_masks(pl_module, image, probabilities).cpu()
         rows = []
         for i in range(len(image)):
             plain, scale = to_pixels(image[i], 192)
@@ -286,6 +286,13 @@ def evaluating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[N
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def predicted_masks(pl_module: pl.LightningModule, image: Tensor, probabilities: Tensor) -> Tensor:
+    """Class ids [B, H, W]: the module's own verdict where it has one (`masks(image)`), else the likeliest class."""
+    masks = getattr(pl_module, "masks", None)
+    labels: Tensor = masks(image) if callable(masks) else probabilities.argmax(1)
+    return labels
 
 
 def lacks_method(pl_module: pl.LightningModule, method: str, callback: type) -> str:

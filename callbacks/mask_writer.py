@@ -46,8 +46,9 @@ class MaskWriter(BasePredictionWriter):
     and 255. Two images that differ in the suffix only keep it: `a.jpg` and `a.png` become `a.jpg.png` and
     `a.png.png`. Each process writes the images that it predicted.
 
-    `predict_step` has to return `{"probabilities": [B, K, H, W], "index": [B]}`, and the data set needs
-    `keys` and `original_size(index)`. Where it returns `confidence` [B] as well, `<output_dir>/confidence.csv` lists
+    `predict_step` has to return `{"probabilities": [B, K, H, W], "index": [B]}`, and the data set needs `keys` and
+    `original_size(index)`. An ensemble that votes returns `votes` [B, K, H, W] as well: the class with most of them is
+    written, otherwise the likeliest. Where it returns `confidence` [B] as well, `<output_dir>/confidence.csv` lists
     the confidence of each image at the end, so that the masks to look at come first when it is sorted; with
     `uncertainty` [B, H, W], also the mean of its most uncertain tenth of the pixels.
 
@@ -147,7 +148,9 @@ class MaskWriter(BasePredictionWriter):
             if index >= 0:  # -1 is padding
                 image = batch["image"][i] if self.overlay else None
                 doubt = uncertainty[i] if self.write_uncertainty else None
-                self._write(names[index], prediction["probabilities"][i], data.original_size(index), image, doubt)
+                size = data.original_size(index)
+                labels = resized_labels(prediction.get("votes", prediction["probabilities"])[i], size)
+                self._write(names[index], labels, prediction["probabilities"][i], size, image, doubt)
                 if confidence is not None:
                     self._scores[first + index, :2] = torch.tensor([1.0, float(confidence[i])])
                 if uncertainty is not None:
@@ -219,12 +222,12 @@ class MaskWriter(BasePredictionWriter):
     def _write(
         self,
         name: str,
+        labels: Tensor,
         probabilities: Tensor,
         size: tuple[int, int],
         image: Tensor | None,
         uncertainty: Tensor | None,
     ) -> None:
-        labels = resized_labels(probabilities, size)
         if self.write_probabilities:
             buffer = io.BytesIO()
             np.save(buffer, _resized(probabilities, size).half().cpu().numpy(), allow_pickle=False)
@@ -245,7 +248,7 @@ class MaskWriter(BasePredictionWriter):
 
 
 def resized_labels(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
-    """Class ids at another size: the probabilities are resized, bilinearly, and the largest decides.
+    """Class ids at another size: the probabilities (or votes) are resized, bilinearly, and the largest decides.
 
     Args:
         probabilities: [K, H, W].

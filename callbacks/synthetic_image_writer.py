@@ -7,10 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import pytorch_lightning as pl
-import torch
-from PIL import Image
 from pytorch_lightning.callbacks import BasePredictionWriter, Timer
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
@@ -20,13 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from torch import Tensor
 
-from callbacks.drawing import PREDICTION, Pixels, captioned, draw_contours, enlarge, sheet, tint, to_pixels
 from callbacks.image_grid import evaluating, image_sink, lacks_method
-from datamodules.synthetic_images import Drawing, DrawRequest, Origin, read, weights_sha256
+from callbacks.pair_sheet import pair_sheet
+from datamodules.synthetic_images import Drawing, DrawRequest, Origin, weights_sha256
 
 _TAG = "drawn/pairs"
-_SHOWN = 16
-_PAIRS_A_ROW = 4
 
 
 @runtime_checkable
@@ -100,13 +95,32 @@ class SyntheticImageWriter(BasePredictionWriter):
             return
         if not isinstance(pl_module, Draws):
             raise TypeError(lacks_method(pl_module, "draw(request)", type(self)))
+        if self.output_dir.resolve() == Path(trainer.default_root_dir).resolve():
+            msg = (
+                f"Expected `output_dir` to be a folder of its own, got the directory of the run, {self.output_dir}; "
+                "both keep a manifest.json there. Give a folder below it."
+            )
+            raise ValueError(msg)
         if not _is_dry(trainer):
-            known = self._origin_of(trainer, self.request, weights="").identity()
+            origin = self._origin_of(trainer, pl_module, self.request)
+            known = origin.identity()
             del known["weights"]  # they are not what they are going to be
             Drawing(self.output_dir, self.request).require(known)
+            self._require_new(origin)
         trial = replace(self.request, num_images=1, batch_size=1, num_steps=1)
         with isolate_rng(), _drawing(trainer, pl_module) as draw:
             Drawing(self.output_dir, trial).check(0, draw(trial.batch(0)), self._num_classes(trainer))
+
+    def _require_new(self, origin: Origin) -> None:
+        """A fit that starts anew ends with new weights, unless it repeats the one that drew what is there."""
+        header = Drawing(self.output_dir, origin.request).header()
+        if header is None or self._trained or header.get("config_hash") == origin.config_hash:
+            return
+        msg = (
+            f"Expected `output_dir` {self.output_dir} to be empty, or to hold pairs drawn by this fit, got those of "
+            "another one; give another folder, move this one away, or go on with that fit (--ckpt_path last)."
+        )
+        raise ValueError(msg)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what is missing.
@@ -127,7 +141,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             rank_zero_info(f"{self._name}: nothing is drawn ({why}).")
             return
         drawing = Drawing(self.output_dir, self.request)
-        origin = self._origin_of(trainer, self.request, weights_sha256(pl_module))
+        origin = self._origin_of(trainer, pl_module, self.request)
         self._left = _count(drawing, drawing.missing())
         self._begin(drawing, origin)
         own = drawing.missing(trainer.global_rank, trainer.world_size)
@@ -171,7 +185,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             pl_module: The module.
             checkpoint: The whole checkpoint; `lightning fit` has written `fingerprint` and `config_hash` into it.
         """
-        self._trained = {name: checkpoint.get(name) for name in ("class_names", "fingerprint", "config_hash")}
+        self._trained = {name: checkpoint.get(name) or None for name in ("class_names", "fingerprint", "config_hash")}
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write down what the pairs are drawn from, before the first.
@@ -260,16 +274,18 @@ class SyntheticImageWriter(BasePredictionWriter):
             "config_hash": hashes[0] if hashes else None,
         }
 
-    def _origin_of(self, trainer: pl.Trainer, request: DrawRequest, weights: str) -> Origin:
+    def _origin_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule, request: DrawRequest) -> Origin:
         """What pairs are drawn from: in a fit the data say so, in predict the checkpoint."""
         known = self._known_to_data(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             known = self._trained | {"class_names": known["class_names"] or self._trained.get("class_names")}
-        return Origin(request, weights, self._num_classes(trainer), **known)
+        meaning: dict[str, Any] = getattr(pl_module, "meaning", dict)()
+        drawn_with = {"precision": str(trainer.precision), **meaning}
+        return Origin(request, weights_sha256(pl_module), self._num_classes(trainer), **known, drawn_with=drawn_with)
 
     def _begin_predicted(self, drawing: Drawing, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._origin is None:
-            self._origin = self._origin_of(trainer, drawing.request, weights_sha256(pl_module))
+            self._origin = self._origin_of(trainer, pl_module, drawing.request)
             self._begin(drawing, self._origin)
 
     def _begin(self, drawing: Drawing, origin: Origin) -> None:
@@ -303,7 +319,7 @@ class SyntheticImageWriter(BasePredictionWriter):
     def _show(self, trainer: pl.Trainer, folder: Path) -> None:
         add_image = image_sink(trainer)
         if add_image is not None:
-            add_image(_TAG, _picture(folder), trainer.global_step, dataformats="HWC")
+            add_image(_TAG, pair_sheet(folder), trainer.global_step, dataformats="HWC")
 
 
 @contextmanager
@@ -357,26 +373,3 @@ def _is_dry(trainer: pl.Trainer) -> bool:
 def _is_out_of_time(trainer: pl.Trainer) -> bool:
     timers = [callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, Timer)]
     return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
-
-
-def _picture(folder: Path) -> Pixels:
-    artifact = read(folder)
-    first = artifact.rows[:_SHOWN]
-    masks = [_values(folder / row.mask_file_name)[0] for row in first]
-    classes = artifact.manifest.get("num_classes") or max(2, *(int(mask.max()) + 1 for mask in masks))
-    cells = []
-    for row, mask in zip(first, masks, strict=True):
-        plain, scale = to_pixels(_values(folder / row.file_name) / 255, 128)
-        labels = enlarge(mask, scale)
-        outlined = draw_contours(tint(plain, labels, classes), labels, PREDICTION, 2 if classes == 2 else 1)
-        cells += [plain, captioned(outlined, f"confidence {row.confidence:.3f}")]
-    width = 2 * min(_PAIRS_A_ROW, len(first))
-    rows = [cells[i : i + width] for i in range(0, len(cells), width)]
-    return sheet(["image", "mask (red)"] * (width // 2), rows)
-
-
-def _values(path: Path) -> Tensor:
-    """[C, H, W] int64 of a picture."""
-    with Image.open(path) as image:
-        values = np.atleast_3d(np.asarray(image))
-    return torch.from_numpy(values.astype(np.int64)).movedim(-1, 0)

@@ -20,7 +20,7 @@ from callbacks.drawing import (
     tint,
     to_pixels,
 )
-from callbacks.image_grid import ImageGrid, lacks_method
+from callbacks.image_grid import ImageGrid, lacks_method, predicted_masks
 
 Scale = Literal["log_classes", "largest"]
 
@@ -86,7 +86,7 @@ class UncertaintyGrid(ImageGrid):
             raise TypeError(lacks_method(pl_module, "segment(image) and uncertainty(image)", type(self)))
         probabilities = pl_module.segment(image)
         uncertainty = pl_module.uncertainty(image).detach().float().cpu()
-        classes, labels = probabilities.shape[1], probabilities.argmax(1).cpu()
+        classes, labels = probabilities.shape[1], predicted_masks(pl_module, image, probabilities).cpu()
         if self.scale == "log_classes":
             top, meaning = math.log(classes), f"log {classes}, the most there is"
         else:

@@ -42,8 +42,12 @@ class DrawRequest:
             if getattr(self, name) < minimum:
                 msg = f"Expected argument `{name}` to be at least {minimum}, but got {getattr(self, name)}."
                 raise ValueError(msg)
-        if self.first_seed + self.num_images > 2**63:
-            msg = f"Expected argument `first_seed` to leave all seeds below 2^63, but got {self.first_seed}."
+        if self.first_seed + self.num_images > 2**32:
+            # PyTorch reads 32 bits of a seed.
+            msg = (
+                f"Expected argument `first_seed` to leave the seeds of {self.num_images} images below 2^32, but got "
+                f"{self.first_seed}; start from a smaller one."
+            )
             raise ValueError(msg)
         if self.sampler not in get_args(SamplerName):
             names = ", ".join(get_args(SamplerName))

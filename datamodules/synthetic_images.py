@@ -49,6 +49,7 @@ class Origin:
         class_names: Their names, likewise.
         fingerprint: Identifies the data that the module was trained on, and their split.
         config_hash: Identifies the configuration that trained it.
+        drawn_with: What else decides the pairs: precision, noise process, ..., as JSON has it.
     """
 
     request: DrawRequest
@@ -57,6 +58,7 @@ class Origin:
     class_names: Sequence[str] | None = None
     fingerprint: str | None = None
     config_hash: str | None = None
+    drawn_with: Mapping[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
         """Return what has to be the same for the same pairs, as JSON has it."""
@@ -65,6 +67,7 @@ class Origin:
             "num_classes": self.num_classes,
             "fingerprint": self.fingerprint,
             "weights": self.weights,
+            "drawn_with": None if self.drawn_with is None else dict(self.drawn_with),
             "request": asdict(self.request),
         }
 
@@ -135,7 +138,7 @@ class Drawing:
         """
         # Looked for before the header: others may be writing, and theirs is there before any image.
         taken = [name for name in ("images", "masks", _PARTS, _TABLE) if (self.folder / name).exists()]
-        before = self._header()
+        before = self.header()
         if before is None:
             if taken:
                 msg = (
@@ -169,7 +172,7 @@ class Drawing:
             OSError: It cannot be written to.
         """
         self.require(origin.identity())
-        if self._header() is None:
+        if self.header() is None:
             head = {"kind": KIND, "fewlight": version("fewlight"), "config_hash": origin.config_hash}
             write_json_atomically(self.folder / _DRAWING, head | origin.identity())
 
@@ -210,7 +213,7 @@ class Drawing:
             OSError: A file could not be written.
         """
         if not self.is_finished:
-            header = self._header()
+            header = self.header()
             if header is None or self.missing():
                 return False
             rows = list(self._rows())
@@ -225,7 +228,8 @@ class Drawing:
                     path.unlink(missing_ok=True)
         return True
 
-    def _header(self) -> dict[str, Any] | None:
+    def header(self) -> dict[str, Any] | None:
+        """Return what is written down of the pairs' origin; None in a new folder."""
         for name in (_DRAWING, _MANIFEST):
             path = self.folder / name
             if path.is_file():

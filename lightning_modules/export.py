@@ -15,7 +15,6 @@ from lightning_modules.checkpoints import load_checkpoint, network_weights
 from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess, VPProcess
 from lightning_modules.networks.adm_unet import ADMUNet
 from lightning_modules.networks.pretrained import read_arguments, require_free, with_weights
-from lightning_modules.stages import read_manifest
 
 _NETWORK = "model.init_args.network"
 _PROCESS = "model.init_args.process"
@@ -66,7 +65,7 @@ def export_checkpoint(ckpt_path: str | Path, output_dir: str | Path, overwrite: 
             f"those of {ckpt_path} do not fit: {error}; export it with the version that wrote it."
         )
         raise ValueError(msg) from error
-    about["class_names"] = _names(checkpoint, ckpt_path)
+    about["class_names"] = checkpoint.get("class_names") or None
     network.save_pretrained(output_dir, overwrite, about)
     return about
 
@@ -145,10 +144,3 @@ def _process(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, flo
         return described, None
     process, clean = ours(**arguments), torch.zeros(())
     return described, {"scale": float(process.c_in(clean)), "timestep": float(process.c_noise(clean))}
-
-
-def _names(checkpoint: Mapping[str, Any], path: str | Path) -> list[str] | None:
-    """The names of the classes, if the run that wrote the checkpoint has finished where it lies."""
-    manifest = read_manifest(Path(path).resolve().parent.parent) or {}
-    same = "config_hash" in checkpoint and manifest.get("config_hash") == checkpoint["config_hash"]
-    return (manifest.get("class_names") or None) if same else None

@@ -244,6 +244,11 @@ class HybridSegmentation(MaskModule):
 
     # ---------------------------------------------------------------- training
 
+    def meaning(self) -> dict[str, Any]:
+        """What decides the outputs beside the weights."""
+        masks = {} if self.objective == "generative" else {"mask_loss": self.mask_loss}
+        return masks if self.objective == "supervised" else masks | {"process": self.process.settings()}
+
     def on_fit_start(self) -> None:
         """Start a new fit from `init_from`; one that goes on has its weights from its own checkpoint."""
         super().on_fit_start()
@@ -272,6 +277,7 @@ class HybridSegmentation(MaskModule):
         same = theirs == self.num_classes and image_rows[0] == image_rows[1]
         replaced = load_trunk_and_head(self.network, weights, head, min(image_rows), same, path)
         self.reset_ema()
+        self.goes_on = True  # with what it has learnt, should there be a second fit
         self.say(f"init_from: {kind} weights of {path}; last layer {head}: {replaced or 'taken over as it is'}")
 
     def _terms(self, network: nn.Module, batch: dict[str, Tensor], sigma: Tensor, eps: Tensor | None) -> _Terms:

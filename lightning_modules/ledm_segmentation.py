@@ -28,13 +28,18 @@ class Verdict(NamedTuple):
 
     Attributes:
         probabilities: [B, K, H, W], mean over the members.
-        mask: [B, H, W], the class that most members prefer; of several such classes the smallest.
+        votes: [B, K, H, W], how many members prefer each class.
         uncertainty: [B, H, W] in nats, Jensen-Shannon divergence between the members.
     """
 
     probabilities: Tensor
-    mask: Tensor
+    votes: Tensor
     uncertainty: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, H, W], the class with most votes; argmax takes the first of equals, so ties go to the smallest."""
+        return self.votes.argmax(1)
 
 
 class LEDMSegmentation(MaskModule):
@@ -95,6 +100,7 @@ class LEDMSegmentation(MaskModule):
     """
 
     network: PixelClassifiers
+    _seen: Tensor
     best_loss: Tensor
     stale_steps: Tensor
 
@@ -135,7 +141,7 @@ class LEDMSegmentation(MaskModule):
         self.cache_features = cache_features
         self.noise_seed = noise_seed
         self._cache = FeatureCache()
-        self._unseen = set(range(num_classes))
+        self.register_buffer("_seen", torch.zeros(num_classes, dtype=torch.bool), persistent=False)
         self.register_buffer("best_loss", torch.full((num_members,), torch.inf))
         self.register_buffer("stale_steps", torch.zeros(num_members, dtype=torch.long))
         self.build_mask_metrics(num_classes)
@@ -164,10 +170,16 @@ class LEDMSegmentation(MaskModule):
                 "`init_from` is None: features come from `network` as it was passed. If it was not trained before, "
                 "they are random; give the checkpoint of a HybridSegmentation as model.init_args.init_from."
             )
+            self.goes_on = True
 
     def on_fit_end(self) -> None:
         """Give the memory of the features back."""
         self._cache = FeatureCache()
+
+    def meaning(self) -> dict[str, Any]:
+        """What decides the outputs beside the weights."""
+        features = {"sigmas": list(self.sigmas), "blocks": list(self.blocks), "noise_seed": self.noise_seed}
+        return features | {"process": self.process.settings()}
 
     def load_backbone(self, path: str) -> None:
         """Take the backbone over from a checkpoint: EMA weights where there are any, else the last ones.
@@ -181,7 +193,15 @@ class LEDMSegmentation(MaskModule):
         """
         checkpoint = load_checkpoint(path, "init_from")
         weights, kind = network_weights(checkpoint, path, "init_from")
+        theirs = checkpoint.get("meaning", {}).get("process")
+        if theirs is not None and theirs != self.process.settings() and any(self.sigmas):
+            msg = (
+                f"Expected `process` to be the one that `init_from` {path} was trained with, {theirs}, got "
+                f"{self.process.settings()}; the backbone would take one noise level for another."
+            )
+            raise ValueError(msg)
         load_trunk_and_head(self.backbone, weights, head_name(self.backbone), 0, True, path)
+        self.goes_on = True
         self.say(f"init_from: {kind} weights of {path} are the frozen backbone")
         if checkpoint.get("hyper_parameters", {}).get("objective") == "supervised" and any(self.sigmas):
             rank_zero_warn(
@@ -202,7 +222,9 @@ class LEDMSegmentation(MaskModule):
         """
         x = 2.0 * image - 1.0
         # On the CPU, so that it is the same on every device.
-        eps = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(self.noise_seed)).to(x)
+        eps = torch.randn(
+            x.shape[1:], generator=torch.Generator().manual_seed(self.noise_seed), dtype=torch.float32
+        ).to(x)
         denoiser = JointDenoiser(self.backbone, self.process, image_channels=0)
         maps = []
         for sigma in self.sigmas:
@@ -227,9 +249,9 @@ class LEDMSegmentation(MaskModule):
         """The members' summed loss on pixels of a batch of image [B, C, H, W] and mask [B, H, W]."""
         real = batch["index"] >= 0
         batch = {name: value[real] for name, value in batch.items()}
-        mask = without_rare_classes(self.known(batch["mask"]), self.num_classes, self.min_class_pixels)
-        if self._unseen and self.current_epoch == 0:
-            self._unseen -= set(mask.flatten().tolist())
+        known = self.known(batch["mask"])
+        self._seen |= torch.bincount(known.flatten(), minlength=IGNORE + 1)[: self.num_classes] > 0
+        mask = without_rare_classes(known, self.num_classes, self.min_class_pixels)
         labelled = (mask != IGNORE).flatten().nonzero().squeeze(1)
         if not len(labelled):
             # Nothing to learn here, but other processes may wait for this one's word and gradients.
@@ -248,10 +270,11 @@ class LEDMSegmentation(MaskModule):
 
     def on_train_epoch_end(self) -> None:
         """Say once which classes there is nothing to learn about."""
-        if self.current_epoch == 0 and self._unseen:
+        seen = self.trainer.strategy.reduce(self._seen.float(), reduce_op="sum") > 0
+        if self.current_epoch == 0 and not bool(seen.all()):
             rank_zero_warn(
-                f"Of the `num_classes` = {self.num_classes} classes, {sorted(self._unseen)} did not occur in the "
-                "training masks of the first epoch and will not be predicted; give labelled images that show them."
+                f"Of the `num_classes` = {self.num_classes} classes, {(~seen).nonzero().flatten().tolist()} did not "
+                "occur in the first epoch's masks and will not be predicted; give labelled images that show them."
             )
 
     def _stop_if_stale(self, losses: Tensor | None) -> None:
@@ -272,8 +295,7 @@ class LEDMSegmentation(MaskModule):
         ensemble = cast("PixelClassifiers", self.ema_network)
         said = ensemble.predict(self.features(image), (image.shape[2], image.shape[3]))
         disagreement = (entropy(said.probabilities) - said.entropy).clamp(min=0)
-        # argmax takes the first of equals, so ties go to the smallest class.
-        return Verdict(said.probabilities, said.votes.argmax(1), disagreement)
+        return Verdict(said.probabilities, said.votes, disagreement)
 
     def segment(self, image: Tensor) -> Tensor:
         """Class probabilities of images, the mean over the ensemble.
@@ -287,6 +309,10 @@ class LEDMSegmentation(MaskModule):
             [B, num_classes, H, W], non-negative, summing to 1 over the classes.
         """
         return self.judge(image).probabilities
+
+    def masks(self, image: Tensor) -> Tensor:
+        """Class ids [B, H, W] of images [B, C, H, W] in [0, 1]: the majority vote."""
+        return self.judge(image).mask
 
     def uncertainty(self, image: Tensor) -> Tensor:
         """Jensen-Shannon divergence between the members at each pixel of images [B, C, H, W], in nats: [B, H, W]."""
@@ -319,17 +345,12 @@ class LEDMSegmentation(MaskModule):
         """Segment a batch of images.
 
         Returns:
-            probabilities [B, K, H, W], mask [B, H, W] of class ids (the majority vote), uncertainty [B, H, W] in nats,
-            confidence [B] in [0, 1], index [B].
+            probabilities and votes [B, K, H, W], mask [B, H, W] of class ids (the majority vote), uncertainty [B, H, W]
+            in nats, confidence [B] in [0, 1], index [B].
         """
-        probabilities, mask, uncertainty = self.judge(batch["image"])
-        return {
-            "probabilities": probabilities,
-            "mask": mask,
-            "uncertainty": uncertainty,
-            "confidence": image_confidence(probabilities),
-            "index": batch["index"],
-        }
+        verdict = self.judge(batch["image"])
+        said = {"mask": verdict.mask, "confidence": image_confidence(verdict.probabilities), "index": batch["index"]}
+        return verdict._asdict() | said
 
 
 def without_rare_classes(mask: Tensor, num_classes: int, min_pixels: int) -> Tensor:

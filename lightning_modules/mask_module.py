@@ -87,12 +87,33 @@ class MaskModule(BaseModule):
                 "it with other classes, pass it as model.init_args.init_from, which needs no last layer of that size."
             )
             raise ValueError(msg)
+        own, found = self.meaning(), checkpoint.get("meaning", {})
+        differing = [f"{k} {found[k]} -> {own[k]}" for k in sorted(own.keys() & found.keys()) if own[k] != found[k]]
+        if differing:
+            msg = (
+                f"Expected `ckpt_path` to hold weights for this module's settings, but they were trained with others: "
+                f"{'; '.join(differing)}; give the module the arguments that the checkpoint was trained with."
+            )
+            raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
         self.goes_on = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the weights mean."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["meaning"] = self.meaning()
+
+    def meaning(self) -> dict[str, Any]:
+        """What decides the outputs beside the weights, as plain values: weights must not meet other settings."""
+        return {}
 
     @abstractmethod
     def segment(self, image: Tensor) -> Tensor:
         """Class probabilities [B, K, H, W] of images [B, C, H, W] in [0, 1]."""
+
+    def masks(self, image: Tensor) -> Tensor:
+        """Class ids [B, H, W] of images [B, C, H, W] in [0, 1]."""
+        return self.segment(image).argmax(1)
 
     @abstractmethod
     def _eval_step(self, batch: dict[str, Tensor], split: Split) -> None:

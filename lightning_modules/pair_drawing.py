@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.diffusion.denoisers import JointDenoiser, PairDenoiser
-from lightning_modules.diffusion.noise import NoiseProcess, karras_sigmas
+from lightning_modules.diffusion.noise import NoiseProcess, VPProcess, karras_sigmas
 from lightning_modules.diffusion.samplers import Denoiser, SamplerName, sample, seeded_generators, seeded_noise
 from lightning_modules.mask_losses import MaskLoss, mask_probabilities
 
@@ -60,18 +60,18 @@ def _in_chunks(denoiser: Denoiser) -> Denoiser:
         filler = chunks * CHUNK - len(x)
         xs = torch.cat([x, x[:1].expand(filler, *x.shape[1:])]).chunk(chunks)
         levels = torch.cat([sigma, sigma[:1].expand(filler)]).chunk(chunks)
-        parts = [denoiser(*part) for part in zip(xs, levels, strict=True)]
+        parts = [denoiser(*part, label) for part in zip(xs, levels, strict=True)]
         return torch.cat(parts)[: len(x)]
 
     return denoise
 
 
 def _sigmas(process: NoiseProcess, sampler: SamplerName, num_steps: int) -> Tensor:
-    """The noise levels of a sampler: the process's own, but for Heun's method those it was published with.
+    """The noise levels of a sampler: the process's own, but for Heun's method in a variance-preserving one.
 
-    Its trapezoids in sigma go wrong in steps as long as a variance-preserving process makes them at its noisy end (a
-    cosine schedule starts above 10^4); beyond 80 there is nothing to be seen of an image in [-1, 1].
+    Its trapezoids in sigma go wrong in steps as long as such a process makes them at its noisy end (a cosine schedule
+    starts above 10^4); beyond 80 there is nothing to be seen of an image in [-1, 1].
     """
-    if sampler != "heun":
+    if sampler != "heun" or not isinstance(process, VPProcess):
         return process.sigmas(num_steps)
     return karras_sigmas(num_steps, process.sigma_min, min(process.sigma_max, 80.0))

@@ -44,11 +44,14 @@ def settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
         resolved: Sub-command's part of the parsed configuration, as plain nested values.
     """
     hidden = {f"{place}.{name}".lstrip(".") for place, names in _NOT_HASHED.items() for name in names}
+    flat = dict(_flat(resolved))
+    # Where a callback writes is no matter either, unless a later stage looks for it there: what was requested.
+    writers = {key.split(".request")[0] for key in flat if ".request." in key}
+    hidden |= {key for key in flat if key.endswith(".output_dir") and key.removesuffix(".output_dir") not in writers}
     kept = {
         key: value
-        for key, value in _flat(resolved)
-        # Where a callback writes: no matter for the result either, and never an input of the run.
-        if not key.endswith(".output_dir") and not any(key == name or key.startswith(f"{name}.") for name in hidden)
+        for key, value in flat.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in hidden)
     }
     root, base = kept.get("data.init_args.root"), os.environ.get("FEWLIGHT_DATA")
     if base and isinstance(root, str) and root and not Path(root).expanduser().is_absolute():
@@ -81,8 +84,8 @@ def input_files(kept: Mapping[str, Any]) -> dict[str, str]:
             weights or a manifest.json, counts.
     """
     found = {}
-    for value in kept.values():
-        if isinstance(value, str) and value:
+    for key, value in kept.items():
+        if isinstance(value, str) and value and not key.endswith(".output_dir"):
             path = identifying_file(Path(value).expanduser())
             if path.is_file():
                 found[str(path)] = file_sha256(path)

@@ -169,7 +169,7 @@ def ran_out_of_time(trainer: Trainer) -> bool:
 def artifact_files(trainer: Trainer) -> dict[str, str]:
     """The manifests of what the callbacks of a run made for the next one, with their SHA-256."""
     folders = [folder for callback in _callbacks(trainer) for folder in getattr(callback, "artifacts", ())]
-    return {str(manifest): file_sha256(manifest) for folder in folders if (manifest := Path(folder) / "manifest.json")}
+    return {str(manifest): file_sha256(manifest) for manifest in (Path(folder) / "manifest.json" for folder in folders)}
 
 
 def _callbacks(trainer: Trainer) -> list[object]:

@@ -172,6 +172,8 @@ class PairDenoiser(nn.Module):
             msg = "Expected `label` to be None, got a tensor: this denoiser is not conditioned on classes."
             raise ValueError(msg)
         image, mask = self.joint.joint(x[:, : self.joint.image_channels], sigma)
+        # Under autocast both come in 16 bits, too few for probabilities that sum to 1.
+        image, mask = image.to(x.dtype), mask.to(x.dtype)
         if self.clip:
             image = image.clamp(-1, 1)
         pair = torch.cat([image, self.to_probabilities(mask)], 1)

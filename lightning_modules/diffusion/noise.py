@@ -112,6 +112,10 @@ class NoiseProcess(nn.Module, ABC):
         """
 
     @abstractmethod
+    def settings(self) -> dict[str, str | float]:
+        """Return what decides how a network's input and output are read: a checkpoint means nothing without it."""
+
+    @abstractmethod
     def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Draw n float64 sigmas from the process alone, without `clean_share`."""
 
@@ -219,6 +223,10 @@ class VPProcess(NoiseProcess):
             torch.linspace(self.num_steps, 0, num_steps + 1, dtype=torch.float64, device="cpu")
         ).float()
 
+    def settings(self) -> dict[str, str | float]:
+        """Return the schedule and its length."""
+        return {"class": "VPProcess", "schedule": self.schedule, "num_steps": self.num_steps}
+
     def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         t = torch.randint(self.num_steps + 1, (n,), generator=generator, device=device)
         return self._table(device)[t]
@@ -307,6 +315,11 @@ class EDMProcess(NoiseProcess):
     def sigmas(self, num_steps: int) -> Tensor:
         """Return the steps of equation 5, from sigma_max over sigma_min to 0."""
         return karras_sigmas(num_steps, self.sigma_min, self.sigma_max, self.rho)
+
+    def settings(self) -> dict[str, str | float]:
+        """Return the constants of the preconditioning and of the steps."""
+        names = ("sigma_data", "sigma_min", "sigma_max", "rho")
+        return {"class": "EDMProcess", **{name: float(getattr(self, name)) for name in names}}
 
     def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         normal = torch.randn(n, generator=generator, device=device, dtype=_wide_dtype(device))

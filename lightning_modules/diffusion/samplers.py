@@ -104,7 +104,9 @@ def seeded_noise(
     if len(generators) < len(seeds):
         numbers = seeds if isinstance(seeds, Tensor) else [seed for seed in seeds if isinstance(seed, int)]
         generators = seeded_generators(numbers)
-    draws = [torch.randn(tuple(shape), generator=generator, device="cpu") for generator in generators]
+    draws = [
+        torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu") for generator in generators
+    ]
     return torch.stack(draws).to(device=device, dtype=dtype)
 
 
@@ -113,8 +115,9 @@ def sample_euler(
     denoiser: Denoiser,
     x: Tensor,
     sigmas: Tensor,
-    label: Tensor | None = None,
     generators: Sequence[torch.Generator] | None = None,
+    *,
+    label: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Follow the reverse ODE with Euler's method; this is DDIM with eta = 0 in VE coordinates.
@@ -150,10 +153,10 @@ def sample_heun(
     denoiser: Denoiser,
     x: Tensor,
     sigmas: Tensor,
-    label: Tensor | None = None,
     generators: Sequence[torch.Generator] | None = None,
-    on_step: OnStep | None = None,
     *,
+    label: Tensor | None = None,
+    on_step: OnStep | None = None,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
@@ -209,10 +212,10 @@ def sample_ancestral(
     denoiser: Denoiser,
     x: Tensor,
     sigmas: Tensor,
-    generators: Sequence[torch.Generator] | None,
+    generators: Sequence[torch.Generator] | None = None,
+    *,
     label: Tensor | None = None,
     on_step: OnStep | None = None,
-    *,
     eta: float = 1.0,
 ) -> Tensor:
     """Follow the reverse SDE: each step goes below the next noise level and adds noise up to it.

@@ -94,16 +94,21 @@ def block_shapes(network: nn.Module) -> list[BlockShape]:
     """Find out what each decoder block of a network puts out, by running it on one small image.
 
     Args:
-        network: The network, in evaluation mode. Its attributes `in_channels` (else 3) and `downsample_factor` (else
-            32) say what images it takes.
+        network: The network, in evaluation mode. Its attributes `in_channels` and `downsample_factor` (else
+            32) say what images it takes, the former also its first convolution.
     """
     side = int(getattr(network, "downsample_factor", 32))
     # Beside the weights, wherever they are: on the meta device nothing is computed.
     weight = next(network.parameters())
-    image = weight.new_zeros(1, int(getattr(network, "in_channels", 3)), side, side)
+    image = weight.new_zeros(1, _in_channels(network), side, side)
     inputs = (image, weight.new_zeros(1)) if takes_time(network) else (image,)
     maps = decoder_maps(network, range(len(decoder_blocks(network))), lambda: network(*inputs))
     return [BlockShape(features.shape[1], side // features.shape[-1]) for features in maps]
+
+
+def _in_channels(network: nn.Module) -> int:
+    first = next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), 3)
+    return int(getattr(network, "in_channels", first))
 
 
 def require_blocks(network: nn.Module, blocks: Sequence[int]) -> list[BlockShape]:

@@ -238,7 +238,7 @@ def bilinear(position: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, 
 def interpolation_matrix(length: int, size: int) -> Tensor:
     """Bilinear interpolation of a line (see `bilinear`) as a matrix [size, length]."""
     low, high, weight = bilinear(torch.arange(size), length, size)
-    matrix = torch.zeros(size, length)
+    matrix = torch.zeros(size, length, dtype=torch.float32)
     row = torch.arange(size)
     matrix[row, low] += 1.0 - weight
     matrix[row, high] += weight

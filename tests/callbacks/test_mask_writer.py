@@ -209,6 +209,22 @@ def test_resizing_class_by_class_is_argmax_of_all() -> None:
     assert resized_labels(torch.full((2, 2, 2), 0.5), (4, 4)).max() == 0
 
 
+class Voting(Darkness):
+    """Most members say the contrary of the mean probability."""
+
+    def predict_step(self, batch: dict[str, Tensor]) -> Any:  # noqa: ANN401 - as above
+        said = super().predict_step(batch)
+        return said | {"votes": 2 + said["probabilities"].flip(1)}
+
+
+def test_where_members_vote_the_votes_are_written(tmp_path: Path) -> None:
+    predict(tmp_path / "likeliest", Images({"a.png": (8, 8)}))
+    predict(tmp_path / "voted", Images({"a.png": (8, 8)}), Voting())
+    likeliest, voted = read(tmp_path / "likeliest/a.png"), read(tmp_path / "voted/a.png")
+    assert set(np.unique(likeliest)) == {0, 255}
+    assert (voted == 255 - likeliest).mean() > 0.9  # they tie where the border was interpolated
+
+
 class Unsure(Darkness):
     """Tells a confidence that grows with the index, and uncertainties of which one pixel in ten stands out."""
 

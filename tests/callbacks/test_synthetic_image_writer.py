@@ -226,6 +226,39 @@ def test_other_pairs_are_not_mixed(tmp_path: Path) -> None:
         fit(tmp_path / "mine")
 
 
+class Particular(Mortal):
+    """Draws other pairs from the same weights."""
+
+    def __init__(self, schedule: str, lives: int = 99) -> None:
+        super().__init__(lives)
+        self.schedule = schedule
+
+    def meaning(self) -> dict[str, Any]:
+        return {"process": {"schedule": self.schedule}}
+
+
+def test_the_same_weights_in_another_process_are_another_origin(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        fit(tmp_path / "a", Particular("cosine", 3))
+    with pytest.raises(ValueError, match=r"process\.schedule: cosine -> linear"):
+        fit(tmp_path / "a", Particular("linear"))
+    fit(tmp_path / "a", Particular("cosine"))
+    manifest = read(tmp_path / "a").manifest
+    assert manifest["drawn_with"] == {"precision": "32-true", "process": {"schedule": "cosine"}}
+
+
+def test_a_folder_that_the_fit_could_not_use_is_refused_before_it(tmp_path: Path) -> None:
+    one, other, module = Recorded(), Recorded(), Painter()
+    trainer(SyntheticImageWriter(str(tmp_path / "a"), REQUEST), one).fit(Painter(), Ones())
+    other.record = {"config_hash": "d" * 64}
+    with pytest.raises(ValueError, match=r"`output_dir` .* to be empty, or to hold pairs drawn by this fit"):
+        trainer(SyntheticImageWriter(str(tmp_path / "a"), REQUEST), other).fit(module, Ones())
+    assert not module.asked
+    run = trainer(SyntheticImageWriter(str(tmp_path), REQUEST), default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"`output_dir` to be a folder of its own, got the directory of the run"):
+        run.fit(module, Ones())
+
+
 class Dice(Painter):
     """Uses the global generator to draw, and notes its state in training."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from datamodules import DrawRequest, FolderSegmentationDataModule, SyntheticImages
 from datamodules.synthetic_images import Drawing, Origin, read, weights_sha256
 
-REQUEST = DrawRequest(num_images=5, image_size=4, first_seed=10**10, batch_size=2)
+REQUEST = DrawRequest(num_images=5, image_size=4, first_seed=4 * 10**9, batch_size=2)
 NAMES = ("background", "lesion")
 
 
@@ -66,7 +66,7 @@ def test_processes_share_the_blocks(tmp_path: Path, world_size: int) -> None:
         ({"first_seed": -1}, "`first_seed` to be at least 0, but got -1"),
         ({"batch_size": 0}, "`batch_size` to be at least 1"),
         ({"num_steps": 0}, "`num_steps` to be at least 1"),
-        ({"first_seed": 2**63 - 2}, r"`first_seed` to leave all seeds below 2\^63"),
+        ({"first_seed": 2**32 - 2}, r"`first_seed` to leave the seeds of \d+ images below 2\^32"),
         ({"sampler": "magic"}, "`sampler` to be one of euler, heun, ancestral, but got 'magic'"),
     ],
 )
@@ -85,10 +85,10 @@ def test_request_from_yaml() -> None:
 def test_round_trip(tmp_path: Path) -> None:
     artifact = read(write(tmp_path))
     assert isinstance(artifact, SyntheticImages)
-    assert [row.seed for row in artifact.rows] == list(range(10**10, 10**10 + 5))
-    assert artifact.rows[1].file_name == "images/10000000001.png"
-    assert artifact.rows[1].mask_file_name == "masks/10000000001.png"
-    assert artifact.rows[1].confidence == pytest.approx((10**10 + 1) % 3 / 3)
+    assert [row.seed for row in artifact.rows] == list(range(4 * 10**9, 4 * 10**9 + 5))
+    assert artifact.rows[1].file_name == "images/4000000001.png"
+    assert artifact.rows[1].mask_file_name == "masks/4000000001.png"
+    assert artifact.rows[1].confidence == pytest.approx((4 * 10**9 + 1) % 3 / 3)
     assert artifact.manifest["kind"] == "synthetic_images"
     assert artifact.manifest["request"]["batch_size"] == 2
     artifact.require(NAMES, "f" * 64)
@@ -160,9 +160,9 @@ def _rename_files(name: str) -> Callable[[Path], None]:
             "table of file_name, mask_file_name, seed, confidence",
         ),
         (
-            lambda f: (f / "masks/10000000003.png").unlink(),
+            lambda f: (f / "masks/4000000003.png").unlink(),
             FileNotFoundError,
-            "lacks masks/10000000003.png; copy it again",
+            "lacks masks/4000000003.png; copy it again",
         ),
         (_rename_files("../secret.png"), ValueError, r"lists \.\./secret\.png; do not use an artifact"),
         (_rename_files("/etc/passwd"), ValueError, "lists /etc/passwd; do not use an artifact"),
@@ -205,7 +205,7 @@ def test_blocks_whose_files_are_gone_are_drawn_again(tmp_path: Path) -> None:
     drawing.begin(Origin(REQUEST, "w" * 64, 2, NAMES, "f" * 64))
     for block in range(3):
         drawing.write(block, pairs(REQUEST, block))
-    (tmp_path / "pairs/masks/10000000002.png").unlink()
+    (tmp_path / "pairs/masks/4000000002.png").unlink()
     assert drawing.missing() == [1]
     assert not drawing.finish()
     drawing.write(1, pairs(REQUEST, 1))

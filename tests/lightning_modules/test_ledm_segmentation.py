@@ -274,7 +274,7 @@ def test_predictions_and_pictures(tmp_path: Path) -> None:
     predictions = trainer.predict(model, squares_loader(6, 4))
     assert predictions is not None
     first: Any = predictions[0]
-    assert set(first) == {"probabilities", "mask", "uncertainty", "confidence", "index"}
+    assert set(first) == {"probabilities", "votes", "mask", "uncertainty", "confidence", "index"}
     assert first["mask"].shape == (4, 8, 8)
     assert first["mask"].dtype == torch.int64
     torch.testing.assert_close(first["probabilities"].sum(1), torch.ones(4, 8, 8))

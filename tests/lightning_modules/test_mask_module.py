@@ -1,16 +1,19 @@
 """What modules that predict masks have in common, on the simplest of them."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from pytorch_lightning import LightningDataModule
 from tiny_nets import adamw, squares_loader, tiny_trainer, tiny_unet
+from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_modules.diffusion.noise import EDMProcess, VPProcess
 from lightning_modules.hybrid_segmentation import HybridSegmentation
-from lightning_modules.ledm_segmentation import LEDMSegmentation
+from lightning_modules.ledm_segmentation import LEDMSegmentation, Verdict
 from lightning_modules.mask_module import MaskModule
 from lightning_modules.uncertainty import entropy
 
@@ -77,3 +80,88 @@ def test_reliability_counts_the_pixels_of_a_split(split: Any) -> None:  # noqa: 
     assert bins[2].sum() == 32
     generative = HybridSegmentation(tiny_unet(), 2, objective="generative")
     assert generative.reliability(split) is None
+
+
+def _resumed(module: MaskModule, other: MaskModule, folder: Path) -> None:
+    trainer = tiny_trainer(folder, max_steps=1)
+    trainer.fit(module, squares_loader())
+    trainer.save_checkpoint(folder / "one.ckpt")
+    tiny_trainer(folder, max_steps=2).fit(other, squares_loader(), ckpt_path=str(folder / "one.ckpt"))
+
+
+def _ledm(**changes: Any) -> LEDMSegmentation:
+    options: dict[str, Any] = {"blocks": (1, 2), "num_members": 2, "min_class_pixels": 0, "optimizer": adamw}
+    return LEDMSegmentation(tiny_unet(), 2, **options | changes)
+
+
+@pytest.mark.parametrize(
+    ("module", "other", "named"),
+    [
+        (
+            HybridSegmentation(tiny_unet(), 2, optimizer=adamw),
+            HybridSegmentation(tiny_unet(), 2, optimizer=adamw, process=VPProcess("cosine"), mask_loss="ce"),
+            r"mask_loss mse -> ce; process \{.*'linear'.*\} -> \{.*'cosine'",
+        ),
+        (
+            HybridSegmentation(tiny_unet(), 2, optimizer=adamw, objective="supervised"),
+            HybridSegmentation(tiny_unet(), 2, optimizer=adamw, objective="supervised", mask_loss="mse"),
+            "mask_loss ce -> mse",
+        ),
+        (_ledm(), _ledm(sigmas=(0.1, 0.2, 0.3), process=EDMProcess()), r"process .*sigmas \[0.176, 0.522, 0.958\] -> "),
+    ],
+)
+def test_weights_do_not_meet_other_settings(module: MaskModule, other: MaskModule, named: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"`ckpt_path` to hold weights .*trained with others: .*{named}"):
+        _resumed(module, other, tmp_path)
+
+
+def test_a_network_that_only_sees_clean_images_does_not_mind_the_process(tmp_path: Path) -> None:
+    supervised = partial(HybridSegmentation, tiny_unet(), 2, optimizer=adamw, objective="supervised")
+    _resumed(supervised(), supervised(process=VPProcess("cosine")), tmp_path)
+
+
+def test_features_are_taken_with_the_process_of_the_backbone(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.fit(HybridSegmentation(tiny_unet(), 2, optimizer=adamw), squares_loader())
+    trainer.save_checkpoint(tmp_path / "linear.ckpt")
+    cosine = _ledm(process=VPProcess("cosine"))
+    with pytest.raises(ValueError, match=r"`process` to be the one that `init_from` .*linear.ckpt was trained with"):
+        cosine.load_backbone(str(tmp_path / "linear.ckpt"))
+    _ledm(process=VPProcess("cosine"), sigmas=(0.0,)).load_backbone(str(tmp_path / "linear.ckpt"))
+    _ledm().load_backbone(str(tmp_path / "linear.ckpt"))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_second_fit_goes_on_from_the_first(which: int, tmp_path: Path) -> None:
+    source = HybridSegmentation(tiny_unet(), 2, ema_decay=0.0, optimizer=adamw)
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.fit(source, squares_loader())
+    trainer.save_checkpoint(tmp_path / "source.ckpt")
+    path = str(tmp_path / "source.ckpt")
+    frozen = partial(torch.optim.SGD, lr=0.0)
+    module = (
+        HybridSegmentation(tiny_unet(), 2, ema_decay=0.0, optimizer=frozen, init_from=path)
+        if which == 0
+        else _ledm(init_from=path, optimizer=frozen)
+    )
+    tiny_trainer(tmp_path).fit(module, squares_loader())
+    kept = cast("nn.Module", module.network if which == 0 else module.backbone)
+    weight = next(p for p in kept.parameters() if p.ndim == 4)
+    weight.data.add_(1.0)
+    before = weight.detach().clone()
+    tiny_trainer(tmp_path).fit(module, squares_loader())
+    assert torch.equal(weight, before)
+
+
+def test_the_pictures_show_the_verdict_that_is_evaluated() -> None:
+    ledm = _ledm()
+    # Members say .4, .4 and .99 of class 1: the vote is class 0, the likeliest by the mean is class 1.
+    p = torch.tensor([0.4, 0.4, 0.99]).mean()
+    verdict = Verdict(torch.stack([1 - p, p]).view(1, 2, 1, 1), torch.tensor([[[[2]], [[1]]]]), torch.zeros(1, 1, 1))
+    ledm.judge = lambda image: verdict  # type: ignore[method-assign]  # what an ensemble says
+    image = torch.zeros(1, 3, 1, 1)
+    assert ledm.segment(image).argmax(1).item() == 1
+    assert ledm.masks(image).item() == 0
+    said = ledm.predict_step({"image": image, "index": torch.tensor([0])}, 0)
+    assert said["mask"].item() == 0
+    assert said["votes"].flatten().tolist() == [2, 1]

@@ -1,12 +1,13 @@
 """Pairs drawn by HybridSegmentation, around networks whose reverse process is known."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from tiny_nets import tiny_unet
 from torch import Tensor, nn
 
+from datamodules import draw_request
 from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess, VPProcess
 from lightning_modules.diffusion.samplers import SAMPLERS, SamplerName
 from lightning_modules.hybrid_segmentation import HybridSegmentation, Objective
@@ -93,3 +94,14 @@ def test_only_a_hybrid_network_draws_pairs(objective: Objective, missing: str) -
         ValueError, match=f"`objective` hybrid to draw pairs, got '{objective}', which trains {missing}"
     ):
         model.draw(_request([0]))
+
+
+def test_probabilities_are_whole_under_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        drawn = _model(tiny_unet(), mask_loss="mse").draw(_request([0, 1], num_steps=3))
+    assert drawn["image"].dtype == drawn["probabilities"].dtype == torch.float32
+    torch.testing.assert_close(drawn["probabilities"].sum(1), torch.ones(2, 8, 8), atol=1e-6, rtol=0)
+
+
+def test_data_and_samplers_agree_on_the_names() -> None:
+    assert get_args(draw_request.SamplerName) == get_args(SamplerName) == tuple(SAMPLERS)

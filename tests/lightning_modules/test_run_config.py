@@ -56,6 +56,19 @@ def test_what_does_not_change_the_result_does_not_change_the_hash(change: dict[s
     assert _hash(_resolved(**change)) == _hash(_resolved())
 
 
+def test_where_a_requested_drawing_goes_matters_to_the_next_stage() -> None:
+    def drawn(folder: str) -> str:
+        writer = {"class_path": "W", "init_args": {"output_dir": folder, "request": {"num_images": 3}}}
+        return _hash(_resolved(trainer__callbacks=[writer]))
+
+    assert drawn("a") != drawn("b")
+
+
+def test_a_folder_that_is_written_to_is_no_input(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    assert input_files({"trainer.callbacks.0.init_args.output_dir": str(tmp_path)}) == {}
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -94,10 +94,10 @@ def test_churn_of_zero_or_outside_its_range_is_no_churn() -> None:
     sigmas = EDMProcess().sigmas(9)
     x, generators = start([1, 2], sigmas)
     plain = sample_heun(two_points, x, sigmas)
-    torch.testing.assert_close(sample_heun(two_points, x, sigmas, None, generators), plain, rtol=0, atol=0)
-    outside = sample_heun(two_points, x, sigmas, None, generators, s_churn=9, s_tmin=81)
+    torch.testing.assert_close(sample_heun(two_points, x, sigmas, generators), plain, rtol=0, atol=0)
+    outside = sample_heun(two_points, x, sigmas, generators, s_churn=9, s_tmin=81)
     torch.testing.assert_close(outside, plain, rtol=0, atol=0)
-    assert not torch.equal(sample_heun(two_points, x, sigmas, None, generators, s_churn=9), plain)
+    assert not torch.equal(sample_heun(two_points, x, sigmas, generators, s_churn=9), plain)
 
 
 def test_churn_raises_the_levels_in_its_range() -> None:
@@ -108,10 +108,10 @@ def test_churn_raises_the_levels_in_its_range() -> None:
         return gaussian(x, sigma)
 
     x, generators = start([1], sigmas)
-    sample_heun(denoiser, x, sigmas, None, generators, s_churn=1, s_tmin=1.5, s_tmax=4)
+    sample_heun(denoiser, x, sigmas, generators, s_churn=1, s_tmin=1.5, s_tmax=4)
     assert seen == pytest.approx([8, 4, 5, 2, 2.5, 1, 1])
     seen.clear()
-    sample_heun(denoiser, x, sigmas, None, generators, s_churn=100)
+    sample_heun(denoiser, x, sigmas, generators, s_churn=100)
     assert seen[::2] == pytest.approx([level * math.sqrt(2) for level in (8, 4, 2, 1)])
 
 
@@ -119,7 +119,7 @@ def test_churn_raises_the_levels_in_its_range() -> None:
 def test_churn_keeps_the_distribution(s_noise: float, std: float | None) -> None:
     sigmas = EDMProcess(sigma_max=20).sigmas(60)
     x, generators = start([1, 2], sigmas, size=64)
-    got = float(sample_heun(gaussian, x, sigmas, None, generators, s_churn=40, s_noise=s_noise).std())
+    got = float(sample_heun(gaussian, x, sigmas, generators, s_churn=40, s_noise=s_noise).std())
     if std is None:
         # Without the noise that the raised levels promise, too much is removed.
         assert got < 0.7 * STD
