@@ -207,7 +207,7 @@ class MaskWriter(BasePredictionWriter):
         keys = [key for data in self._data for key in data.keys]
         with_uncertainty = bool(scores[:, 2].any())
         rows = sorted(
-            [key, f"{row[1] / row[0]:.6f}", *([f"{row[3] / row[2]:.6f}" if row[2] else ""] if with_uncertainty else [])]
+            [key, f"{row[1] / row[0]:.6f}", *([f"{row[3] / row[2]:.6g}" if row[2] else ""] if with_uncertainty else [])]
             for key, row in zip(keys, scores.tolist(), strict=True)
             if row[0]
         )

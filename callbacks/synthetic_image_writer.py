@@ -198,7 +198,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             ValueError: The folder holds pairs of another origin.
         """
         if self._asked is not None:
-            self._begin_predicted(self._asked, trainer, pl_module)
+            self._asked.require(self._origin_of(trainer, pl_module, self._asked.request).identity())
 
     def write_on_batch_end(
         self,
@@ -227,6 +227,8 @@ class SyntheticImageWriter(BasePredictionWriter):
             OSError: A file could not be written.
         """
         if self._asked is not None:
+            # Not before: a drawing that fails at once must leave no trace.
+            self._begin_predicted(self._asked, trainer, pl_module)
             request = self._asked.request
             block = (int(batch["seed"][0]) - request.first_seed) // request.batch_size
             self._asked.write(block, prediction, self._num_classes(trainer))

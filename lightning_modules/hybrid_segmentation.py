@@ -225,10 +225,11 @@ class HybridSegmentation(MaskModule):
         Raises:
             ValueError: The module was not trained for both images and masks.
         """
-        if self.objective != "hybrid":
+        objective = self.loaded.get("objective", self.objective)
+        if objective != "hybrid":
             msg = (
-                f"Expected `objective` hybrid to draw pairs, got {self.objective!r}, which trains no "
-                f"{'images' if self.objective == 'supervised' else 'masks'}; draw from a hybrid checkpoint."
+                f"Expected `objective` hybrid to draw pairs, got weights trained with {objective!r}, which trains no "
+                f"{'images' if objective == 'supervised' else 'masks'}; draw from a hybrid checkpoint."
             )
             raise ValueError(msg)
         with self._evaluating() as network:
@@ -252,6 +253,7 @@ class HybridSegmentation(MaskModule):
     def on_fit_start(self) -> None:
         """Start a new fit from `init_from`; one that goes on has its weights from its own checkpoint."""
         super().on_fit_start()
+        self.loaded = {}
         # Not in `setup`: there it is not known yet whether a checkpoint will be loaded.
         if self.init_from is not None and not self.goes_on:
             self.load_network(self.init_from)
@@ -303,6 +305,8 @@ class HybridSegmentation(MaskModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of the objective on a batch of image [B, C, H, W] and mask [B, H, W]."""
+        # A generative network needs no masks.
+        batch = self.checked(batch, "image", *(["mask"] if self.objective != "generative" else []))
         image = batch["image"]
         sigma, eps = image.new_zeros(len(image)), None
         if self.objective != "supervised":
@@ -329,6 +333,8 @@ class HybridSegmentation(MaskModule):
 
     def on_train_epoch_end(self) -> None:
         """Log each loss term by noise level."""
+        if self.objective != "generative":
+            super().on_train_epoch_end()
         n = self.num_level_bins
         names = ["clean", *(f"level_{k / n:.2f}_to_{(k + 1) / n:.2f}" for k in range(n))]
         for term, by_level in (("image", self.image_by_level), ("mask", self.mask_by_level)):

@@ -100,7 +100,6 @@ class LEDMSegmentation(MaskModule):
     """
 
     network: PixelClassifiers
-    _seen: Tensor
     best_loss: Tensor
     stale_steps: Tensor
 
@@ -141,7 +140,6 @@ class LEDMSegmentation(MaskModule):
         self.cache_features = cache_features
         self.noise_seed = noise_seed
         self._cache = FeatureCache()
-        self.register_buffer("_seen", torch.zeros(num_classes, dtype=torch.bool), persistent=False)
         self.register_buffer("best_loss", torch.full((num_members,), torch.inf))
         self.register_buffer("stale_steps", torch.zeros(num_members, dtype=torch.long))
         self.build_mask_metrics(num_classes)
@@ -247,11 +245,10 @@ class LEDMSegmentation(MaskModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The members' summed loss on pixels of a batch of image [B, C, H, W] and mask [B, H, W]."""
+        batch = self.checked(batch, "image", "mask", *(["index"] if self.cache_features else []))
         real = batch["index"] >= 0
         batch = {name: value[real] for name, value in batch.items()}
-        known = self.known(batch["mask"])
-        self._seen |= torch.bincount(known.flatten(), minlength=IGNORE + 1)[: self.num_classes] > 0
-        mask = without_rare_classes(known, self.num_classes, self.min_class_pixels)
+        mask = without_rare_classes(self.known(batch["mask"]), self.num_classes, self.min_class_pixels)
         labelled = (mask != IGNORE).flatten().nonzero().squeeze(1)
         if not len(labelled):
             # Nothing to learn here, but other processes may wait for this one's word and gradients.
@@ -267,15 +264,6 @@ class LEDMSegmentation(MaskModule):
         loss = self.require_finite(losses.sum(), train_loss=losses.detach().mean())
         self._stop_if_stale(losses.detach())
         return loss
-
-    def on_train_epoch_end(self) -> None:
-        """Say once which classes there is nothing to learn about."""
-        seen = self.trainer.strategy.reduce(self._seen.float(), reduce_op="sum") > 0
-        if self.current_epoch == 0 and not bool(seen.all()):
-            rank_zero_warn(
-                f"Of the `num_classes` = {self.num_classes} classes, {(~seen).nonzero().flatten().tolist()} did not "
-                "occur in the first epoch's masks and will not be predicted; give labelled images that show them."
-            )
 
     def _stop_if_stale(self, losses: Tensor | None) -> None:
         if self.patience is None or self.current_epoch < PATIENCE_FROM_EPOCH:
@@ -348,6 +336,7 @@ class LEDMSegmentation(MaskModule):
             probabilities and votes [B, K, H, W], mask [B, H, W] of class ids (the majority vote), uncertainty [B, H, W]
             in nats, confidence [B] in [0, 1], index [B].
         """
+        batch = self.checked(batch, "image")
         verdict = self.judge(batch["image"])
         said = {"mask": verdict.mask, "confidence": image_confidence(verdict.probabilities), "index": batch["index"]}
         return verdict._asdict() | said

@@ -1,8 +1,11 @@
 """What every module that predicts masks shares: metrics, calibration, uncertainty, predictions."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MetricCollection
 
@@ -22,6 +25,7 @@ class MaskModule(BaseModule):
 
     Attributes:
         goes_on: Whether the weights are those of a checkpoint that was loaded.
+        loaded: Hyper-parameters of that checkpoint, until a fit goes on with it.
         num_classes: Classes, the background included.
         val_metrics: Overlap and calibration in validation.
         test_metrics: The same in test.
@@ -31,6 +35,9 @@ class MaskModule(BaseModule):
     num_classes: int
     val_metrics: MetricCollection
     test_metrics: MetricCollection
+
+    _seen: Tensor
+    _looked_at_range = False
 
     def build_mask_metrics(self, num_classes: int) -> None:
         """Give the module its metrics on masks, one collection a split.
@@ -45,9 +52,11 @@ class MaskModule(BaseModule):
             )
             raise ValueError(msg)
         self.num_classes = num_classes
+        self.loaded: dict[str, Any] = {}
         metrics = mask_metrics(num_classes)
         self.val_metrics = metrics.clone(prefix="val_")
         self.test_metrics = metrics.clone(prefix="test_")
+        self.register_buffer("_seen", torch.zeros(num_classes, dtype=torch.bool), persistent=False)
 
     def setup(self, stage: str) -> None:
         """Compare the classes with the data's, where a datamodule knows them.
@@ -63,6 +72,51 @@ class MaskModule(BaseModule):
             )
             raise ValueError(msg)
 
+    def checked(self, batch: object, *names: str) -> dict[str, Tensor]:
+        """Return a batch if it is one: a dict of `image`, `mask` and `index`, as far as they are named.
+
+        Args:
+            batch: What the loader gave.
+            names: Which of them are needed. `index` is counted from 0 where it is missing, unless it is named.
+
+        Raises:
+            ValueError: Something is missing, or of another type or shape.
+        """
+        wanted = {"image": (4, "[B, C, H, W] floating, in [0, 1]"), "mask": (3, "[B, H, W] int64, 255 = unlabelled")}
+        wanted["index"] = (1, "[B] int64, the image's number in the data")
+        found = dict(batch) if isinstance(batch, Mapping) else {}
+        if "image" in found and "index" not in names:
+            found.setdefault("index", torch.arange(len(found["image"]), device=self.device))
+        wrong = []
+        for name in names:
+            value = found.get(name)
+            if not isinstance(value, Tensor) or value.ndim != wanted[name][0]:
+                got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                wrong.append(f"`{name}` {wanted[name][1]}, got {got if name in found else 'none'}")
+            elif value.is_floating_point() != (name == "image"):
+                wrong.append(f"`{name}` {wanted[name][1]}, got {value.dtype}")
+        if wrong:
+            msg = f"Expected batches to be dicts with {'; '.join(wrong)}; let the data set return such items."
+            raise ValueError(msg)
+        if not self._looked_at_range:
+            self._looked_at_range = True
+            low, high = (float(x) for x in found["image"].aminmax())
+            if low < -0.01 or high > 1.01:
+                rank_zero_warn(
+                    f"Expected `image` in [0, 1], got {low:.4g} to {high:.4g} in the first batch; modules normalise "
+                    "themselves, so divide by 255 and leave other normalisation out."
+                )
+        return found
+
+    def on_train_epoch_end(self) -> None:
+        """Say once which classes there is nothing to learn about."""
+        seen = self.trainer.strategy.reduce(self._seen.float(), reduce_op="sum") > 0
+        if self.current_epoch == 0 and not bool(seen.all()):
+            rank_zero_warn(
+                f"Of the `num_classes` = {self.num_classes} classes, {(~seen).nonzero().flatten().tolist()} did not "
+                "occur in the first epoch's masks and will not be learnt; give labelled images that show them."
+            )
+
     def known(self, mask: Tensor) -> Tensor:
         """Return a mask [B, H, W] if all of its ids are classes, or 255.
 
@@ -76,6 +130,8 @@ class MaskModule(BaseModule):
                 f"pixel, got id {int(wrong[0])}; set `num_classes` to that of the data, or map the ids."
             )
             raise ValueError(msg)
+        if self.training:
+            self._seen |= torch.bincount(mask.flatten(), minlength=IGNORE + 1)[: self.num_classes] > 0
         return mask
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -96,7 +152,7 @@ class MaskModule(BaseModule):
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
-        self.goes_on = True
+        self.goes_on, self.loaded = True, dict(checkpoint.get("hyper_parameters", {}))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the weights mean."""
@@ -137,7 +193,7 @@ class MaskModule(BaseModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Update the validation metrics."""
-        self._eval_step(batch, "val")
+        self._eval_step(self.checked(batch, "image", "mask"), "val")
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -145,7 +201,7 @@ class MaskModule(BaseModule):
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Update the test metrics."""
-        self._eval_step(batch, "test")
+        self._eval_step(self.checked(batch, "image", "mask"), "test")
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
@@ -158,6 +214,7 @@ class MaskModule(BaseModule):
             probabilities [B, K, H, W], mask [B, H, W] of class ids, uncertainty [B, H, W] in nats, confidence [B] in
             [0, 1], index [B].
         """
+        batch = self.checked(batch, "image")
         probabilities = self.segment(batch["image"])
         return {
             "probabilities": probabilities,

@@ -266,7 +266,7 @@ def test_confidences_of_some_images_only(tmp_path: Path) -> None:
     predict(tmp_path, data, Now())
     assert table(tmp_path) == [
         ["image", "confidence", "uncertainty"],
-        ["x/a.jpg", "0.500000", f"{math.log(2) / 10:.6f}"],
+        ["x/a.jpg", "0.500000", f"{math.log(2) / 10:.6g}"],
         ["y/a.jpg", "0.500000", ""],
     ]
 

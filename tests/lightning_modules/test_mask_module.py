@@ -165,3 +165,48 @@ def test_the_pictures_show_the_verdict_that_is_evaluated() -> None:
     said = ledm.predict_step({"image": image, "index": torch.tensor([0])}, 0)
     assert said["mask"].item() == 0
     assert said["votes"].flatten().tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("batch", "named"),
+    [
+        ([torch.rand(2, 3, 8, 8)], r"`image` \[B, C, H, W\] floating, in \[0, 1\], got none; `mask` .*got none"),
+        ({"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "`image` .*, got torch.uint8"),
+        ({"mask": torch.zeros(2, 1, 8, 8, dtype=torch.long)}, r"`mask` \[B, H, W\] .*, got \[2, 1, 8, 8\]"),
+        ({"mask": torch.zeros(2, 8, 8)}, "`mask` .* int64, 255 = unlabelled, got torch.float32"),
+    ],
+)
+def test_batches_that_are_none_are_described(which: int, batch: Any, named: str) -> None:  # noqa: ANN401 - on purpose
+    module = _modules(2)[which]
+    whole = {"image": torch.rand(2, 3, 8, 8), "mask": torch.ones(2, 8, 8, dtype=torch.long), "index": torch.arange(2)}
+    for step in (module.training_step, module.validation_step):
+        with pytest.raises(ValueError, match=rf"Expected batches to be dicts with {named}"):
+            step(whole | batch if isinstance(batch, dict) else batch, 0)
+
+
+@pytest.mark.parametrize(("scale", "warnings"), [(255.0, 1), (1.0, 0)])
+def test_images_that_were_not_scaled_are_noticed_once(
+    scale: float, warnings: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    module = _modules(2)[0].eval()
+    for _ in range(2):
+        module.predict_step({"image": scale * torch.rand(2, 3, 8, 8)}, 0)
+    assert sum("`image` in [0, 1], got" in str(warning.message) for warning in recwarn) == warnings
+
+
+def test_images_are_numbered_where_nobody_did() -> None:
+    module = _modules(2)[1].eval()
+    assert module.predict_step({"image": torch.rand(3, 3, 8, 8)}, 0)["index"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"`index` \[B\] int64, the image's number in the data, got none"):
+        module.training_step({"image": torch.rand(1, 3, 8, 8), "mask": torch.zeros(1, 8, 8, dtype=torch.long)}, 0)
+
+
+def test_weights_that_were_trained_without_images_draw_none(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.fit(HybridSegmentation(tiny_unet(), 2, optimizer=adamw, objective="supervised"), squares_loader())
+    trainer.save_checkpoint(tmp_path / "supervised.ckpt")
+    hybrid = HybridSegmentation(tiny_unet(), 2, mask_loss="ce")
+    hybrid.on_load_checkpoint(torch.load(tmp_path / "supervised.ckpt", weights_only=True))
+    with pytest.raises(ValueError, match="got weights trained with 'supervised', which trains no images"):
+        hybrid.draw({"seed": torch.tensor([0]), "image_size": 8, "sampler": "euler", "num_steps": 2})

@@ -91,7 +91,8 @@ def test_predict_draws_requests_and_segments_images() -> None:
 def test_only_a_hybrid_network_draws_pairs(objective: Objective, missing: str) -> None:
     model = _model(tiny_unet(), objective=objective)
     with pytest.raises(
-        ValueError, match=f"`objective` hybrid to draw pairs, got '{objective}', which trains {missing}"
+        ValueError,
+        match=f"`objective` hybrid to draw pairs, got weights trained with '{objective}', which trains {missing}",
     ):
         model.draw(_request([0]))
 
