@@ -77,7 +77,8 @@ def draw_chart(results: Results, metric: str = "test_jaccard") -> str:
 
     for panel, method in enumerate(methods):
         x0 = left + panel * (width + 24)
-        body.append(f'<text x="{x0 + width / 2}" y="22" text-anchor="middle" font-weight="bold">{method}</text>')
+        title = f"{method}: {metric}"
+        body.append(f'<text x="{x0 + width / 2}" y="22" text-anchor="middle" font-weight="bold">{title}</text>')
         body.append(f'<rect x="{x0}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#999"/>')
         for tick in range(round(low * 50), round(high * 50) + 1):
             y = y_of(tick / 50)
