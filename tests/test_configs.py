@@ -98,6 +98,7 @@ def test_there_are_configs_and_overlays() -> None:
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_a_file_opens_with_its_command(path: Path) -> None:
     assert _header(path).startswith(" "), "a sentence comes first"
+    assert "TODO" not in _header(path)
     variables, words = next(_commands(path))
     assert words[:2] == ["predict" if path in DRAWS else "fit", "--config"]
     base = Path(words[2])
