@@ -1,5 +1,6 @@
 """ADMUNet to a folder and back, and what is no such folder."""
 
+import inspect
 import json
 import os
 import signal
@@ -203,7 +204,13 @@ def test_a_folder_that_diffusers_wrote_is_taken(tmp_path: Path) -> None:
         ({"num_class_embeds": 10}, "num_class_embeds is 10, ADM's None"),
         ({"class_embed_type": "timestep"}, "class_embed_type is timestep, ADM's None"),
         ({"act_fn": "gelu"}, "act_fn is gelu, ADM's silu"),
-        ({"mid_block_type": None}, "mid_block_type is None, ADM's UNetMidBlock2D"),
+        pytest.param(
+            {"mid_block_type": None},
+            "mid_block_type is None, ADM's UNetMidBlock2D",
+            marks=pytest.mark.skipif(
+                "mid_block_type" not in inspect.signature(UNet2DModel).parameters, reason="an option of later versions"
+            ),
+        ),
         ({"rotary": True}, "rotary is True, which this diffusers does not know"),
         ({"_class_name": "UNet2DConditionModel"}, "to hold a UNet2DModel, but .*config.json describes UNet2DCond"),
         ({"attention_head_dim": None}, r"`attention_head_dim` in .* to be a positive integer, got None"),
@@ -238,7 +245,7 @@ def _only_pickle(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "match"),
     [
-        (_truncate, ValueError, "to hold a complete diffusion_pytorch_model.safetensors, .*not fully covered"),
+        (_truncate, ValueError, "to hold a complete diffusion_pytorch_model.safetensors, .*cannot be read"),
         (
             _only_pickle,
             FileNotFoundError,
