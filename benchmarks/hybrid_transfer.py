@@ -90,6 +90,7 @@ class Arm:
     drawn_share: float = 0.0
 
 
+_NO_AUGMENTATION = {"class_path": "albumentations.Compose", "init_args": {"transforms": []}}
 # Fine-tuning goes on denoising, on the labelled images; half of them are shown clean.
 _KEEP_DENOISING = ("--model.init_args.objective", "hybrid", "--model.init_args.mask_loss", "ce")
 ARMS: dict[str, Arm] = {
@@ -101,7 +102,7 @@ ARMS: dict[str, Arm] = {
         for a in ("hybrid", "supervised")
         for r in ("0.1", "0.3")
     },
-    "hybrid_no_augmentation": Arm("hybrid", ("--data.init_args.train_transform", "albumentations.Compose")),
+    "hybrid_no_augmentation": Arm("hybrid", ("--data.init_args.train_transform", json.dumps(_NO_AUGMENTATION))),
     **{f"hybrid_drawn_{share}": Arm("hybrid", drawn_share=share) for share in (0.25, 0.5)},
     "hybrid_keeps_denoising": Arm("hybrid", (*_KEEP_DENOISING, "--model.init_args.mask_weight", "1")),
 }
