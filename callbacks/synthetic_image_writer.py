@@ -75,6 +75,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         self._trained: dict[str, Any] = {}
         self._asked: Drawing | None = None
         self._origin: Origin | None = None
+        self._begun = False
         self._left = 0
         self._since = 0.0
 
@@ -102,9 +103,10 @@ class SyntheticImageWriter(BasePredictionWriter):
             )
             raise ValueError(msg)
         if not _is_dry(trainer):
-            origin = self._origin_of(trainer, pl_module, self.request)
+            # Not the weights: they are not what they are going to be, and hashing them takes a while.
+            origin = self._origin_of(trainer, pl_module, self.request, weights="")
             known = origin.identity()
-            del known["weights"]  # they are not what they are going to be
+            del known["weights"]
             Drawing(self.output_dir, self.request).require(known)
             self._require_new(origin)
         trial = replace(self.request, num_images=1, batch_size=1, num_steps=1)
@@ -141,7 +143,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             rank_zero_info(f"{self._name}: nothing is drawn ({why}).")
             return
         drawing = Drawing(self.output_dir, self.request)
-        origin = self._origin_of(trainer, pl_module, self.request)
+        origin = self._origin_of(trainer, pl_module, self.request, weights_sha256(pl_module))
         self._left = _count(drawing, drawing.missing())
         self._begin(drawing, origin)
         own = drawing.missing(trainer.global_rank, trainer.world_size)
@@ -165,7 +167,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             ValueError: The folder holds the pairs of another request.
         """
         super().setup(trainer, pl_module, stage)
-        self._asked = self._origin = None
+        self._asked, self._origin, self._begun = None, None, False
         data = getattr(trainer, "datamodule", None)
         if stage != "predict" or _is_dry(trainer) or not isinstance(data, AsksForPairs):
             return
@@ -198,7 +200,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             ValueError: The folder holds pairs of another origin.
         """
         if self._asked is not None:
-            self._asked.require(self._origin_of(trainer, pl_module, self._asked.request).identity())
+            self._asked.require(self._predicted_origin(self._asked, trainer, pl_module).identity())
 
     def write_on_batch_end(
         self,
@@ -276,19 +278,27 @@ class SyntheticImageWriter(BasePredictionWriter):
             "config_hash": hashes[0] if hashes else None,
         }
 
-    def _origin_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule, request: DrawRequest) -> Origin:
+    def _origin_of(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, request: DrawRequest, weights: str
+    ) -> Origin:
         """What pairs are drawn from: in a fit the data say so, in predict the checkpoint."""
         known = self._known_to_data(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             known = self._trained | {"class_names": known["class_names"] or self._trained.get("class_names")}
         meaning: dict[str, Any] = getattr(pl_module, "meaning", dict)()
         drawn_with = {"precision": str(trainer.precision), **meaning}
-        return Origin(request, weights_sha256(pl_module), self._num_classes(trainer), **known, drawn_with=drawn_with)
+        return Origin(request, weights, self._num_classes(trainer), **known, drawn_with=drawn_with)
+
+    def _predicted_origin(self, drawing: Drawing, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Origin:
+        """What the pairs of this prediction are drawn from; the weights are hashed once."""
+        if self._origin is None:
+            self._origin = self._origin_of(trainer, pl_module, drawing.request, weights_sha256(pl_module))
+        return self._origin
 
     def _begin_predicted(self, drawing: Drawing, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._origin is None:
-            self._origin = self._origin_of(trainer, pl_module, drawing.request)
-            self._begin(drawing, self._origin)
+        if not self._begun:
+            self._begin(drawing, self._predicted_origin(drawing, trainer, pl_module))
+            self._begun = True
 
     def _begin(self, drawing: Drawing, origin: Origin) -> None:
         drawing.begin(origin)

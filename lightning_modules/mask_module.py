@@ -110,8 +110,10 @@ class MaskModule(BaseModule):
 
     def on_train_epoch_end(self) -> None:
         """Say once which classes there is nothing to learn about."""
+        if self.current_epoch > 0:
+            return
         seen = self.trainer.strategy.reduce(self._seen.float(), reduce_op="sum") > 0
-        if self.current_epoch == 0 and not bool(seen.all()):
+        if not bool(seen.all()):
             rank_zero_warn(
                 f"Of the `num_classes` = {self.num_classes} classes, {(~seen).nonzero().flatten().tolist()} did not "
                 "occur in the first epoch's masks and will not be learnt; give labelled images that show them."
@@ -130,7 +132,7 @@ class MaskModule(BaseModule):
                 f"pixel, got id {int(wrong[0])}; set `num_classes` to that of the data, or map the ids."
             )
             raise ValueError(msg)
-        if self.training:
+        if self.training and self.current_epoch == 0:
             self._seen |= torch.bincount(mask.flatten(), minlength=IGNORE + 1)[: self.num_classes] > 0
         return mask
 
