@@ -44,11 +44,14 @@ def _ema_update(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], No
 
     @torch.no_grad()
     def update(averaged: _Tensors, current: _Tensors, num_averaged: Tensor | int) -> None:
-        n = int(num_averaged)
-        weight = 1.0 - min(decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(averaged, current, weight)
+        torch._foreach_lerp_(averaged, current, ema_weight(decay, int(num_averaged)))
 
     return update
+
+
+def ema_weight(decay: float, n: int) -> float:
+    """The weight of the newest weights in update n of a moving average."""
+    return 1.0 - min(decay, (1 + n) / (10 + n))
 
 
 class BaseModule(pl.LightningModule):
@@ -97,6 +100,7 @@ class BaseModule(pl.LightningModule):
         )  # deep-copies, so it is built before anything is wrapped or compiled
         if self.ema is not None:
             self.ema.requires_grad_(False)
+        self.ema_decay = ema_decay
         self.trunk_lr_scale = trunk_lr_scale
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
@@ -177,6 +181,10 @@ class BaseModule(pl.LightningModule):
     ) -> None:
         """Step, then average: here and not at the batch's end, where a step-wise checkpoint is already written."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.update_ema()
+
+    def update_ema(self) -> None:
+        """Take the network's weights into the moving average."""
         if self.ema is not None:
             self.ema.update_parameters(self.network)
 
