@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from datamodules.segmentation.ph2 import PH2DataModule
     from datamodules.synthetic_images import SyntheticImages
     from datamodules.transforms import SwapHorizontalFlip, default_train_transform
+    from datamodules.views.views import BatchViews
 
 __all__ = [
+    "BatchViews",
     "CelebAMaskHQDataModule",
     "ChestXrayDataModule",
     "DrawRequest",
@@ -69,6 +71,7 @@ _MODULES = {
     "datamodules.segmentation.ph2": ("PH2DataModule",),
     "datamodules.synthetic_images": ("SyntheticImages",),
     "datamodules.transforms": ("SwapHorizontalFlip", "default_train_transform"),
+    "datamodules.views.views": ("BatchViews",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
