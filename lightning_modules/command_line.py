@@ -12,8 +12,8 @@ from jsonargparse import get_loader
 def overlays_last(args: list[str]) -> list[str]:
     """Put every `--overlay FILE` behind the last `--config`, and the other flags behind both.
 
-    Each overlay becomes a `--config` that is merged last, and is also remembered under `overlay`, whence the
-    stages get it. Flags win over all files, wherever they stand. `vars` are merged name by name over the files;
+    A config that names another one as its `base` (relative to itself) is merged after that one. Each overlay becomes a
+    `--config` that is merged last, and is also remembered under `overlay`, whence the stages get it. Flags win over all files, wherever they stand. `vars` are merged name by name over the files;
     jsonargparse would replace them as a whole.
 
     Args:
@@ -39,11 +39,28 @@ def overlays_last(args: list[str]) -> list[str]:
     for overlay in overlays:
         if not Path(overlay).is_file():
             refuse(f"expected `--overlay` to be a YAML file, but there is none at {overlay}")
+    configs = [file for config in configs for file in _with_bases(config)]
     files = [word for file in (*configs, *overlays) for word in ("--config", file)]
     remembered = [f"--overlay+={Path(overlay).resolve()}" for overlay in overlays]
     values = _merged_vars([*configs, *overlays])
     _require_known(flags, values)
     return [args[0], *files, *([f"--vars={json.dumps(values)}"] if values else []), *remembered, *flags]
+
+
+def _with_bases(config: str, above: tuple[str, ...] = ()) -> list[str]:
+    """A config behind the one it is based on, which may be based on a third."""
+    if not Path(config).is_file():
+        return [config]  # jsonargparse says that there is none
+    base = _mapping_in(config).get("base")
+    if base is None:
+        return [config]
+    file = str(Path(config).resolve())
+    path = Path(file).parent / str(base)
+    if file in above:
+        refuse(f"expected `base` without a circle, but {config} is based on itself")
+    if not path.is_file():
+        refuse(f"expected `base` of {config} to be a YAML file, but there is none at {path}")
+    return [*_with_bases(str(path), (*above, file)), config]
 
 
 def refuse(problem: str) -> NoReturn:

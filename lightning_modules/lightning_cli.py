@@ -109,12 +109,8 @@ class FewlightCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what LightningCLI does not have."""
         parser.add_argument("--runs", type=str, default="runs", help="Folder for ${runs} in the configs.")
-        parser.add_argument(
-            "--vars",
-            type=dict[str, Any],
-            default={},
-            help="Values for ${vars.name} in the configs; merged by name.",
-        )
+        parser.add_argument("--base", type=str | None, default=None, help="In a file: the YAML it is merged after.")
+        parser.add_argument("--vars", type=dict[str, Any], default={}, help="Values for ${vars.name}; merged by name.")
         parser.add_argument(
             "--stages", type=list[Path_fr] | None, default=None, help="Fit configs to run first, in order."
         )

@@ -131,7 +131,7 @@ class RunRecord(SaveConfigCallback):
         """Write the configuration into the run directory; called on rank zero."""
         config = self.config.clone()
         # All of it is resolved: variables that no entry refers to any more would only mislead.
-        config.vars = {}
+        config.vars, config.base = {}, None
         with written_whole(Path(trainer.default_root_dir) / self.config_filename) as temporary:
             self.parser.save(config, temporary, skip_unset=False, overwrite=True, multifile=False)
 

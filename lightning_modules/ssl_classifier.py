@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_modules.classification_metrics import ClassificationMetrics, PseudoLabelCounts
 from lightning_modules.ssl.base import Batch, Guess, Loss, Method
 from lightning_modules.ssl.ramps import Ramp
+from lightning_modules.ssl_data import require_labels
 from lightning_modules.ssl_host import SSLHost
 
 EvalSplit = Literal["val", "test"]
@@ -109,7 +110,8 @@ class SSLClassifier(SSLHost):
         """Build one optimiser a player, weight decay on kernels only, and its schedule.
 
         Raises:
-            ValueError: There is no optimiser, a player has nothing to train, or the schedule is one by epochs.
+            ValueError: There is no optimiser, or a player has nothing to train.
+            TypeError: The schedule is one by epochs.
         """
         if self._make_optimizer is None:
             return super().configure_optimizers()  # raises
@@ -119,7 +121,7 @@ class SSLClassifier(SSLHost):
             new = [p for p in player.parameters() if p.requires_grad and id(p) not in taken]
             taken |= {id(p) for p in new}
             kernels, others = [p for p in new if p.ndim > 1], [p for p in new if p.ndim <= 1]
-            groups = [{"params": kernels}, {"params": others, "weight_decay": 0.0}]
+            groups: list[dict[str, Any]] = [{"params": kernels}, {"params": others, "weight_decay": 0.0}]
             if not new:
                 msg = (
                     f"Expected player {name!r} of {type(self.method).__name__} to have parameters of its own, got none;"
@@ -130,7 +132,7 @@ class SSLClassifier(SSLHost):
             scheduler = self._make_lr_scheduler(optimizer) if self._make_lr_scheduler else None
             if isinstance(scheduler, ReduceLROnPlateau):
                 msg = "Expected an `lr_scheduler` that counts batches, got ReduceLROnPlateau; use CosineDecay."
-                raise ValueError(msg)
+                raise TypeError(msg)
             entry: dict[str, Any] = {"optimizer": optimizer}
             built.append(entry | ({"lr_scheduler": {"scheduler": scheduler, "interval": "step"}} if scheduler else {}))
         return tuple(built)  # type: ignore[return-value]  # TypedDicts of Lightning
@@ -187,7 +189,7 @@ class SSLClassifier(SSLHost):
 
     def _log_batch(self, total: Tensor, loss: Loss, mu: float, size: int) -> None:
         # Logging costs as much as a small network's step, so only the batches that are written are logged.
-        if (self.batch_number + 1) % max(1, self.trainer.log_every_n_steps):
+        if (self.batch_number + 1) % max(1, getattr(self.trainer, "log_every_n_steps", 1)):
             return
         terms = {"loss": total, "sup": loss.sup, "unsup": loss.unsup, "aux": loss.aux, "mu": mu, **loss.logs}
         if loss.guess is not None:
@@ -283,7 +285,7 @@ class SSLClassifier(SSLHost):
         image = found["image"]
         label = found.get("label", torch.full((len(image),), -1, device=image.device))
         if labelled:
-            self.require_labels(label, low=-1)
+            require_labels(label, self.num_classes, low=-1)
             label = torch.where(found["index"] < 0, -1, label) if "index" in found else label
         return image, label
 
@@ -298,7 +300,10 @@ class SSLClassifier(SSLHost):
         """Take over the best predictor, and refuse a checkpoint with other classes."""
         theirs = checkpoint.get("hyper_parameters", {}).get("num_classes", self.num_classes)
         if theirs != self.num_classes:
-            msg = f"Expected a checkpoint with `num_classes` = {self.num_classes}, got one with {theirs}; give the data it knows."
+            msg = (
+                f"Expected a checkpoint with `num_classes` = {self.num_classes}, got one with {theirs}; give the data "
+                "that it was trained on."
+            )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
         best = checkpoint.get("best", {})

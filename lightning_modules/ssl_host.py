@@ -1,8 +1,8 @@
 """What a semi-supervised method may ask of its module: networks, teacher, data sizes, sweeps, processes, turns."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
@@ -11,38 +11,8 @@ from torch import Tensor, nn
 
 from lightning_modules.base import BaseModule, ema_weight
 from lightning_modules.checkpoints import load_checkpoint, network_weights
-from lightning_modules.ssl.base import Batch, Method, Split, view_keys
-
-
-@runtime_checkable
-class FeedsMethods(Protocol):
-    """A datamodule that can give methods what they ask for (SemiSupervisedDataModule)."""
-
-    num_labeled: int
-    num_unlabeled: int
-
-    def declare_views(self, labeled: tuple[str, ...], unlabeled: tuple[str, ...]) -> None:
-        """Make these views from now on."""
-        ...
-
-    def sweep_dataloader(self, split: Split) -> Iterable[dict[str, Tensor]]:
-        """The training images of a split, unaugmented and in order."""
-        ...
-
-    def labels_of(self, split: Split) -> Tensor:
-        """Their given labels, -1 where there is none."""
-        ...
-
-    def select(self, split: Split, indices: Tensor | None) -> None:
-        """Draw from these images from the next epoch on."""
-        ...
-
-
-@runtime_checkable
-class LearnsAugmentation(Protocol):
-    """A method with a table of augmentation magnitudes that the data draw from (CTAugment)."""
-
-    rates: Tensor
+from lightning_modules.ssl.base import Batch, Method, Split
+from lightning_modules.ssl_data import FeedsMethods, LearnsAugmentation, SharesRates, require_labels, required_parts
 
 
 class SSLHost(BaseModule):
@@ -118,7 +88,7 @@ class SSLHost(BaseModule):
         return logits
 
     def new_network(self) -> nn.Module:
-        """A network like the trained one with weights of its own: `reset_parameters` of network or layers draws them."""
+        """A network like the trained one with weights of its own, drawn by `reset_parameters` of network or layers."""
         network = copy.deepcopy(self.network)
         for part in [network] if hasattr(network, "reset_parameters") else network.modules():
             reset = getattr(part, "reset_parameters", None)
@@ -220,7 +190,7 @@ class SSLHost(BaseModule):
             )
             raise ValueError(msg)
         self._set_up_method(found)
-        if isinstance(self.method, LearnsAugmentation) and hasattr(data, "share_rates"):
+        if isinstance(self.method, LearnsAugmentation) and isinstance(data, SharesRates):
             data.share_rates(self.method.rates)
         if len(self.method.players(self)) > 1:
             # Not before: Lightning would refuse clipping, which `step_player` does.
@@ -329,7 +299,7 @@ class SSLHost(BaseModule):
         """Step every learning-rate schedule once."""
         listed = self.lr_schedulers() or []
         for schedule in listed if isinstance(listed, list) else [listed]:
-            schedule.step()
+            schedule.step()  # type: ignore[call-arg]  # not ReduceLROnPlateau: configure_optimizers refuses it
 
     # ---------------------------------------------------------------- batches
 
@@ -339,40 +309,10 @@ class SSLHost(BaseModule):
         Raises:
             ValueError: A view, index or label that the method needs is missing or out of range.
         """
-        found = dict(batch) if isinstance(batch, Mapping) else {}
-        views = self.method.views
-        needed = {
-            "labeled": (*view_keys(views.labeled, labeled=True), "label"),
-            "unlabeled": (*view_keys(views.unlabeled), *(("index",) if views.index and views.unlabeled else ())),
-        }
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, keys in needed.items():
-            parts[name] = dict(found.get(name, {}))
-            missing = [key for key in keys if key not in parts[name]]
-            if missing:
-                msg = (
-                    f"Expected training batches with {', '.join(keys)} under `{name}` for {type(self.method).__name__}, "
-                    f"got {sorted(parts[name]) or 'nothing'}; use SemiSupervisedDataModule, or let your data give "
-                    f"{', '.join(missing)}."
-                )
-                raise ValueError(msg)
-        self.require_labels(parts["labeled"]["label"])
-        parts["labeled"].pop("true_label", None)
-        return parts["labeled"], parts["unlabeled"], parts["unlabeled"].pop("true_label", None)
-
-    def require_labels(self, label: Tensor, low: int = 0) -> None:
-        """Refuse labels outside the classes.
-
-        Raises:
-            ValueError: A label is below `low` or not below `num_classes`.
-        """
-        wrong = label[(label < low) | (label >= self.num_classes)]
-        if len(wrong):
-            msg = (
-                f"Expected labels from {low} to {self.num_classes - 1} (`num_classes` = {self.num_classes}), got "
-                f"{int(wrong[0])}; set `num_classes` to that of the data, or map the labels."
-            )
-            raise ValueError(msg)
+        labeled, unlabeled = required_parts(batch, self.method)
+        require_labels(labeled["label"], self.num_classes)
+        labeled.pop("true_label", None)
+        return labeled, unlabeled, unlabeled.pop("true_label", None)
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -15,6 +15,7 @@ class ToyNet(nn.Module):
     def __init__(self, num_inputs: int = 2, num_classes: int = 3, width: int = 32) -> None:
         super().__init__()
         self.num_features = width
+        self.num_classes = num_classes
         self.body = nn.Sequential(
             nn.Flatten(),
             nn.Linear(num_inputs, width),
@@ -26,6 +27,7 @@ class ToyNet(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes)
 
     def embed(self, image: Tensor) -> Tensor:

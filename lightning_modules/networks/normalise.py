@@ -22,9 +22,12 @@ class Normalise(nn.Module):
         if min(std) <= 0:
             msg = f"Expected positive `std`, got {list(std)}; use 1 to leave the scale as it is."
             raise ValueError(msg)
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+
+        self.mean: Tensor
+        self.std: Tensor
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalise images [B, C, H, W]."""
-        return (image - self.mean) / self.std  # type: ignore[no-any-return, operator]  # buffers
+        return (image - self.mean) / self.std

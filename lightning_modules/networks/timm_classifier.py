@@ -1,5 +1,7 @@
 """Any classifier of timm, with its normalisation inside."""
 
+from typing import Any
+
 import timm
 from torch import Tensor, nn
 
@@ -40,18 +42,20 @@ class TimmClassifier(nn.Module):
             near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
             msg = f"Expected `name` to be a model of timm, got {name!r}; timm.list_models() lists them ({near}, ...)."
             raise ValueError(msg)
-        options = {"drop_rate": drop_rate, "in_chans": in_channels}
+        options: dict[str, Any] = {"drop_rate": drop_rate, "in_chans": in_channels}
         options |= {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
         options |= {"img_size": image_size} if image_size is not None else {}
-        self.model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes or 1, **options)
+        # timm's models have no common class with the methods used here.
+        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes or 1, **options)
+        self.model = model
         self.pretrained = pretrained
         self.num_classes = num_classes
-        config = self.model.pretrained_cfg
+        config = model.pretrained_cfg
         mean, std = config.get("mean", (0.5,)), config.get("std", (0.25,))
         if in_channels != len(mean):
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
         self.normalise = Normalise(mean, std)
-        self.num_features = int(self.model.head_hidden_size)
+        self.num_features = int(model.head_hidden_size)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew; of a pretrained model only the last layer's."""

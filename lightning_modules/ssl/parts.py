@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -134,12 +134,12 @@ def beta_samples(alpha: float, size: int, like: Tensor, folded: bool = True) -> 
 
 
 def mix(first: Tensor, second: Tensor, lam: Tensor) -> Tensor:
-    """lam * first + (1 - lam) * second, with one lam a row or a single one (MixUp, arXiv 1710.09412).
+    """Interpolate: lam * first + (1 - lam) * second (MixUp, Zhang et al., arXiv 1710.09412, equation 1).
 
     Args:
         first: [B, ...].
         second: [B, ...].
-        lam: [B] or [1].
+        lam: One weight a row [B], or a single one [1].
     """
     lam = lam.view(-1, *[1] * (first.ndim - 1))
-    return cast("Tensor", lam * first + (1 - lam) * second)
+    return lam * first + (1 - lam) * second
