@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datamodules.segmentation.ph2 import PH2DataModule
     from datamodules.synthetic_images import SyntheticImages
     from datamodules.transforms import SwapHorizontalFlip, default_train_transform
-    from datamodules.views.views import BatchViews
+    from datamodules.views.views import BatchViews, WorkerViews
 
 __all__ = [
     "BatchViews",
@@ -49,6 +49,7 @@ __all__ = [
     "SwapHorizontalFlip",
     "SyntheticImages",
     "TrainSampler",
+    "WorkerViews",
     "default_train_transform",
     "draw_lesions",
     "labelled_subset",
@@ -71,7 +72,7 @@ _MODULES = {
     "datamodules.segmentation.ph2": ("PH2DataModule",),
     "datamodules.synthetic_images": ("SyntheticImages",),
     "datamodules.transforms": ("SwapHorizontalFlip", "default_train_transform"),
-    "datamodules.views.views": ("BatchViews",),
+    "datamodules.views.views": ("BatchViews", "WorkerViews"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -80,13 +80,14 @@ def apply_operations(images: Tensor, kinds: Tensor, values: Tensor, fill: float)
         place = place[order]
         images = images[order.to(images.device)]
         counts = torch.bincount(kinds[:, slot], minlength=len(KINDS)).tolist()
-        _apply_slices(images, counts, values[place, slot].to(images.device, images.dtype), fill)
+        strength = values[place, slot].to(images.device, images.dtype)
+        _apply_slices(images, counts, kinds[place, slot].to(images.device), strength, fill)
     restored = torch.empty_like(images)
     restored[place.to(images.device)] = images
     return restored
 
 
-def _apply_slices(images: Tensor, counts: list[int], values: Tensor, fill: float) -> None:
+def _apply_slices(images: Tensor, counts: list[int], kinds: Tensor, values: Tensor, fill: float) -> None:
     """Apply one operation to each image, in place; images are sorted by operation, `counts` of each."""
     starts = [sum(counts[:kind]) for kind in range(len(KINDS) + 1)]
 
@@ -105,7 +106,7 @@ def _apply_slices(images: Tensor, counts: list[int], values: Tensor, fill: float
         images[part] = torch.where(bright, 1 - images[part], images[part])
     moved = extent(AFFINE[0], AFFINE[-1])
     if moved.start < moved.stop:
-        matrices = _matrices(counts, values[moved, 0], images.shape[-1])
+        matrices = affine_matrices(kinds[moved], values[moved, 0], images.shape[-1])
         images[moved] = warp(images[moved], matrices, fill)
     if counts[KIND_OF["cutout"]]:
         part = extent("cutout", "cutout")
@@ -197,26 +198,27 @@ def _posterized(images: Tensor, bits: Tensor) -> Tensor:
     return ((images * 255).round() / step).floor() * step / 255
 
 
-def _matrices(counts: list[int], value: Tensor, side: int) -> Tensor:
-    """Where each image's pixels come from: [n, 2, 3] in coordinates from -1 to 1, as affine_grid wants them."""
-    matrices = torch.eye(2, 3, dtype=value.dtype, device=value.device).repeat(len(value), 1, 1)
-    sizes = [counts[KIND_OF[name]] for name in AFFINE]
-    rotate, shear_x, shear_y, translate_x, translate_y = zip(
-        torch.split(matrices, sizes), torch.split(value, sizes), strict=True
+def affine_matrices(kinds: Tensor, values: Tensor, side: int) -> Tensor:
+    """Say where the pixels of each image come from.
+
+    Args:
+        kinds: Operations [n] as numbers in `policies.KINDS`, of those in `policies.AFFINE`.
+        values: Degrees against the clock for rotations, shares of the side for the others [n].
+        side: Side of the images in pixels.
+
+    Returns:
+        Maps [n, 2, 3] in coordinates from -1 to 1, as `affine_grid` takes them.
+    """
+    degrees, shear_x, shear_y, move_x, move_y = (
+        torch.where(kinds == KIND_OF[name], values, torch.zeros_like(values)) for name in AFFINE
     )
-    matrix, degrees = rotate
-    if len(matrix):
-        angle = degrees * (math.pi / 180)
-        matrix[:, 0, 0] = matrix[:, 1, 1] = angle.cos()
-        matrix[:, 1, 0] = angle.sin()
-        matrix[:, 0, 1] = -matrix[:, 1, 0]
-    # The upper left corner stays, as in Pillow and torchvision: x + r y there is x + r y + r here.
-    for (matrix, rate), row, column in ((shear_x, 0, 1), (shear_y, 1, 0)):
-        matrix[:, row, column] = matrix[:, row, 2] = rate
+    angle = degrees * (math.pi / 180)
     # By whole pixels, which blurs nothing.
-    for (matrix, share), row in ((translate_x, 0), (translate_y, 1)):
-        matrix[:, row, 2] = 2 * (share * side).round() / side
-    return matrices
+    move_x, move_y = ((2 / side) * (side * move).round() for move in (move_x, move_y))
+    # Shears leave the upper left corner where it is, as in Pillow and torchvision: x + r y there is x + r y + r here.
+    cos, sin = angle.cos(), angle.sin()
+    rows = (cos, shear_x - sin, shear_x + move_x, shear_y + sin, cos, shear_y + move_y)
+    return torch.stack(rows, 1).view(-1, 2, 3)
 
 
 def warp(images: Tensor, matrices: Tensor, fill: float) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from datamodules.ctaugment import RATES_SHAPE
 from datamodules.views.batch_ops import apply_operations, cut_holes, shift_images
 from datamodules.views.policies import Plan, StrongName, ViewSettings, WeakName, draw_plan
+from datamodules.views.worker_ops import apply_plan
 
 
 class _Views:
@@ -131,3 +132,58 @@ class BatchViews(_Views):
         if plan.hole is not None:
             images = cut_holes(images, plan.hole.to(images.device, images.dtype), fill)
         return images
+
+
+class WorkerViews(_Views):
+    """Views of single images, computed by Pillow on 8-bit pixels: what BatchViews does, for workers of a DataLoader.
+
+    Operations, ranges and random numbers are the same; a view differs from that of BatchViews only by rounding to 8
+    bits, and by interpolation at the rim of rotated and sheared images.
+
+    Args:
+        image_size: As for BatchViews.
+        weak: As for BatchViews.
+        strong: As for BatchViews.
+        num_ops: As for BatchViews.
+        cutout: As for BatchViews.
+        crop_padding: As for BatchViews.
+        fill: As for BatchViews.
+
+    Raises:
+        ValueError: An argument is unknown or out of range.
+    """
+
+    def __call__(self, image: Tensor, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+        """Make views of one image.
+
+        Args:
+            image: Image uint8 [C, S, S], C = 1 or 3; it is not changed.
+            names: Names of the views, in order. The n-th repeat of a name is another view, called `name_n`.
+            seed: Of all random numbers of this call; no generator outside is read or changed.
+
+        Returns:
+            The views, float32 [C, S, S] in [0, 1]. Beside a probe, `probe_ops` [2] and `probe_bins` [2, 2] as for
+            BatchViews.
+
+        Raises:
+            ValueError: The image has another shape or is not of 8 bits, or a name is unknown.
+        """
+        side = self.settings.image_size
+        if image.dim() != 3 or image.shape[0] not in (1, 3) or image.shape[1:] != (side, side):
+            msg = (
+                f"Expected argument `image` to have shape [1 or 3, {side}, {side}], but got {list(image.shape)}; "
+                "set `image_size` to the side of the images."
+            )
+            raise ValueError(msg)
+        if image.dtype != torch.uint8:
+            msg = f"Expected argument `image` to be uint8, but got {image.dtype}."
+            raise ValueError(msg)
+        pixels = image.permute(1, 2, 0).numpy()
+        views = {}
+        for name, number, plan in self._draw(names, 1, torch.Generator().manual_seed(seed)):
+            changed = apply_plan(pixels, plan, self.settings)
+            views[f"{name}{number}"] = torch.from_numpy(changed).permute(2, 0, 1).float().div_(255).contiguous()
+            if name == "probe" and plan.ops is not None and plan.bins is not None:
+                views[f"probe_ops{number}"] = plan.ops[0]
+                views[f"probe_bins{number}"] = plan.bins[0]
+        return views
