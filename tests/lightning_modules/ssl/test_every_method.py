@@ -1,0 +1,162 @@
+"""What every semi-supervised method has to stand: real fits on two moons, straight, resumed, and in two processes."""
+
+import json
+import subprocess
+import sys
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_runs import environment
+from pytorch_lightning.callbacks import ModelCheckpoint
+from ssl_methods import METHODS, build
+from ssl_toy_data import ToyData
+from ssl_toys import ToyNet
+from tiny_nets import tiny_trainer
+from torch import Tensor
+
+from lightning_modules.ssl_classifier import SSLClassifier
+
+NAMES = sorted(METHODS)
+WITHOUT_UNLABELLED = {"supervised", "adversarial_training", "dividemix"}
+sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def module_for(name: str) -> SSLClassifier:
+    torch.manual_seed(0)
+    return SSLClassifier(ToyNet(num_classes=2, width=64), build(name), 2, optimizer=sgd, ema_decay=0.95)
+
+
+def fit(name: str, folder: Path, data: ToyData, epochs: int = 3, **options: Any) -> SSLClassifier:
+    module = module_for(name)
+    ckpt_path = options.pop("ckpt_path", None)
+    trainer = tiny_trainer(folder, max_epochs=epochs, limit_val_batches=0, **options)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return module
+
+
+def tensors(module: SSLClassifier) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a supervised fit, for methods that learn from one; in $FEWLIGHT_TOY_TEACHER."""
+    folder = tmp_path_factory.mktemp("teacher")
+    module = fit("supervised", folder, ToyData(), epochs=5)
+    file = folder / "teacher.ckpt"
+    module.trainer.save_checkpoint(file)
+    return file
+
+
+@pytest.fixture(autouse=True)
+def teacher_by_name(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, (path, arguments) in METHODS.items():
+        if "teacher_from" in arguments:
+            monkeypatch.setitem(METHODS, name, (path, arguments | {"teacher_from": str(teacher)}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_fit_ends_bit_equal_and_keeps_no_pickles(name: str, tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    straight = fit(name, tmp_path, ToyData(steps=4), callbacks=[saving], enable_checkpointing=True)
+    resumed = fit(name, tmp_path, ToyData(steps=4), ckpt_path=str(tmp_path / "epoch=1.ckpt"))
+    assert resumed.trainer.global_step == straight.trainer.global_step == 12
+    found = tensors(resumed)
+    for key, value in tensors(straight).items():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_the_network_and_not_the_average(name: str, tmp_path: Path) -> None:
+    module = fit(name, tmp_path, ToyData(steps=4))
+    start = module_for(name)
+    moved = [
+        not torch.equal(a, b) for a, b in zip(module.network.parameters(), start.network.parameters(), strict=True)
+    ]
+    assert all(moved)
+    assert module.ema is not None
+    assert [p.grad for p in module.ema.parameters() if p.grad is not None] == []
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - WITHOUT_UNLABELLED))
+def test_unlabelled_images_change_what_is_learnt(name: str, tmp_path: Path) -> None:
+    here, elsewhere = ToyData(steps=4), ToyData(steps=4)
+    hidden = elsewhere.labels_of("unlabeled") < 0
+    elsewhere.points[hidden] = elsewhere.points[hidden].flip(0) * 1.1
+    first, second = (fit(name, tmp_path, data).network for data in (here, elsewhere))
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_labels_change_nothing(name: str, tmp_path: Path) -> None:
+    honest, poisoned = ToyData(steps=3), ToyData(steps=3)
+    poisoned.truth = 1 - poisoned.truth
+    first, second = (tensors(fit(name, tmp_path, data)) for data in (honest, poisoned))
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+@cache
+def _accuracy(name: str, folder: Path, seed: int) -> float:
+    data = ToyData(steps=60, seed=seed)
+    module = fit(name, folder, data, epochs=6)
+    (metrics,) = module.trainer.test(module, datamodule=data, verbose=False)
+    return float(metrics["test_accuracy"])
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("moons")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_moons_are_learnt_at_least_as_well_as_from_the_labels_alone(name: str, session_folder: Path) -> None:
+    assert _accuracy(name, session_folder, 0) >= _accuracy("supervised", session_folder, 0) - 0.02
+
+
+_TWO_PROCESSES = """
+import json, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from lightning_modules.ssl_classifier import SSLClassifier
+from ssl_methods import METHODS
+from ssl_toy_data import ToyData
+import test_every_method as every
+names, folder, teacher = json.loads(sys.argv[1])
+found = {{}}
+for name in names:
+    path, arguments = METHODS[name]
+    METHODS[name] = (path, arguments | ({{"teacher_from": teacher}} if "teacher_from" in arguments else {{}}))
+    module = every.fit(name, Path(folder), ToyData(steps=3), devices=2, strategy="ddp_find_unused_parameters_true")
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    found[name] = {{
+        key: value.double().sum().item() for key, value in module.state_dict().items() if not key.endswith(statistics)
+    }}
+    rank = module.trainer.global_rank
+Path(folder, f"rank{{rank}}.json").write_text(json.dumps(found))
+"""
+
+
+def test_two_processes_hold_the_same_weights_and_memory(tmp_path: Path, teacher: Path) -> None:
+    tests = Path(__file__).parents[2]
+    paths = [str(tests.parent), str(tests), str(Path(__file__).parent)]
+    script = tmp_path / "fits.py"
+    script.write_text(_TWO_PROCESSES.format(paths=paths))
+    words = json.dumps([NAMES, str(tmp_path), str(teacher)])
+    run = subprocess.run(
+        [sys.executable, str(script), words],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert sorted(first) == NAMES
+    differing = [(n, k) for n in NAMES for k in first[n] if first[n][k] != second[n][k]]
+    assert differing == []
