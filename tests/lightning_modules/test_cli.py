@@ -263,6 +263,39 @@ def test_overlays_come_after_all_configs_and_flags_after_both(tmp_path: Path) ->
     ]
 
 
+def test_a_config_is_merged_after_its_base_and_the_saved_one_needs_none(tmp_path: Path) -> None:
+    write(tmp_path / "deep", "ground", vars={"steps": 7, "lr": 0.5}, trainer__max_steps="${vars.steps}")
+    (tmp_path / "middle.yaml").write_text("base: deep/ground.yaml\nvars: {steps: 1}\n")
+    (tmp_path / "top.yaml").write_text(
+        "base: middle.yaml\nmodel: {init_args: {mask_weight: 0.25}}\ntrainer: {default_root_dir: runs/top}\n"
+    )
+    cli = _run("fit", "--config", "top.yaml")
+    assert cli.config.fit.model.init_args.mask_weight == 0.25
+    assert cli.config.fit.vars == {"steps": 1, "lr": 0.5}
+    assert cli.trainer.global_step == 1
+    saved = yaml.safe_load((tmp_path / "runs/top/config.yaml").read_text())
+    assert saved["base"] is None
+    again = _run("fit", "--config", "runs/top/config.yaml")
+    assert again.config_hash == cli.config_hash
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("base: a.yaml", "without a circle, but .*a.yaml is based on itself"),
+        ("base: b.yaml", "there is none at .*b.yaml"),
+    ],
+)
+def test_a_base_in_a_circle_or_missing_is_refused(
+    content: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        _run("fit", "--config", "a.yaml")
+    assert stopped.value.code == 2
+    assert re.search(problem, capsys.readouterr().err)
+
+
 def test_an_overlay_is_merged_key_by_key_and_vars_reach_every_value(tmp_path: Path) -> None:
     config = write(tmp_path, "a", vars={"steps": 7, "lr": 0.5}, trainer__max_steps="${vars.steps}")
     (tmp_path / "o.yaml").write_text(
