@@ -15,13 +15,13 @@ class Alignment(nn.Module):
     ReMixMatch (Berthelot et al., arXiv 1911.09785, section 3.1). The mean is over the last batches of unlabelled
     images, the present one too, either a queue or a moving average. All processes' images count.
 
-    Buffers: means [length, K] and count [], the queue, or mean [K], the average; target [K] if it is learnt.
+    Buffers: means [max(1, length), K], the queue, or the average; count [], batches so far; target [K].
 
     Args:
         target: "uniform", every class as often as another; "labeled", the moving average of the predictions of
             labelled images.
         length: Batches in the queue; 0 takes a moving average instead.
-        decay: Decay of the moving averages, in [0, 1). They start at the first batch.
+        decay: Decay of the moving averages, in [0, 1). They start at 1 / K; the queue starts empty.
 
     Raises:
         ValueError: An argument is out of range.
@@ -47,9 +47,10 @@ class Alignment(nn.Module):
 
     def setup(self, m: Host) -> None:
         """Build the averages; called once."""
-        self.register_buffer("means", torch.zeros(max(1, self.length), m.num_classes))
+        uniform = torch.full((m.num_classes,), 1 / m.num_classes)
+        self.register_buffer("means", uniform.new_zeros(self.length, m.num_classes) if self.length else uniform[None])
         self.register_buffer("count", torch.tensor(0))
-        self.register_buffer("target", torch.full((m.num_classes,), 1 / m.num_classes))
+        self.register_buffer("target", uniform.clone())
 
     @torch.no_grad()
     def forward(self, m: Host, probabilities: Tensor, labeled_probabilities: Tensor) -> Tensor:
@@ -64,14 +65,12 @@ class Alignment(nn.Module):
             [B, K], each row summing to 1.
         """
         everyone, labeled = m.gather(probabilities, labeled_probabilities)
-        # A number on the device: no wait for it, and no branch.
-        rate = torch.where(self.count == 0, 1.0, 1 - self.decay)
         if self.length:
             self.means[self.count % self.length] = everyone.mean(0)
         else:
-            self.means[0].lerp_(everyone.mean(0), rate)
+            self.means[0].lerp_(everyone.mean(0), 1 - self.decay)
         if self.kind == "labeled":
-            self.target.lerp_(labeled.mean(0), rate)
+            self.target.lerp_(labeled.mean(0), 1 - self.decay)
         self.count += 1
         return self.aligned(probabilities)
 

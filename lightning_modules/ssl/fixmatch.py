@@ -11,8 +11,8 @@ class FixMatch(WeakToStrong):
 
     Sohn et al., "FixMatch", arXiv 2001.07685, equations 3 and 4. Reference settings, CIFAR-10: tau 0.95, weight 1
     without a ramp (the mask grows by itself), 7 unlabelled images for a labelled one, SGD with Nesterov momentum 0.9,
-    learning rate 0.03. The pseudo-labels are those of the trained network, not of its average. That few or no images are
-    confident at first is normal.
+    learning rate 0.03. The pseudo-labels are those of the trained network, not of its average. That few or no images
+    are confident at first is normal.
 
     Args:
         threshold: tau >= 0; 0 learns from every image, above 1 from none.

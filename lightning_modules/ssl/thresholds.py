@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.ssl.banks import newest
 from lightning_modules.ssl.base import Host
 
 
@@ -80,8 +81,8 @@ class FixedThreshold(Threshold):
 class FlexThreshold(Threshold):
     """tau_c = tau * beta_c / (2 - beta_c), lower for classes that few images have been learnt for.
 
-    FlexMatch (Zhang et al., arXiv 2110.08263, algorithm 1, equations 6, 7, 11 and 12): each image remembers the class
-    that it was last confidently (max p >= tau) taken for. sigma_c images are remembered for class c, and
+    FlexMatch (Zhang et al., arXiv 2110.08263, algorithm 1 with warm-up and convex mapping): each image remembers the
+    class that it was last confidently (max p >= tau) taken for. sigma_c images are remembered for class c, and
     beta_c = sigma_c / max(max_c sigma_c, number of images with none), in which the second number warms up.
 
     Buffers: last_label, long [num_unlabeled], -1 = never confident.
@@ -123,11 +124,8 @@ class FlexThreshold(Threshold):
         confidence, label = seen.probabilities.max(-1)
         weight = (confidence >= self.thresholds()[label]).float()
         index, label, confidence = m.gather(seen.index, label, confidence)
-        # An image may be in a batch twice. Writing it twice has no defined order on a GPU, and then banks of
-        # different processes part; the later one counts.
-        place = torch.where(confidence >= self.threshold, torch.arange(len(index), device=index.device), -1)
-        latest = torch.full_like(self.last_label, -1).scatter_reduce(0, index, place, "amax")
-        self.last_label.copy_(torch.where(latest >= 0, label[latest.clamp_min(0)], self.last_label))
+        place = newest(index, len(self.last_label), confidence >= self.threshold)
+        self.last_label.copy_(torch.where(place >= 0, label[place.clamp_min(0)], self.last_label))
         return weight
 
     def per_class(self) -> dict[str, Tensor]:
@@ -138,9 +136,9 @@ class FlexThreshold(Threshold):
 class FreeThreshold(Threshold):
     """tau_c = tau * p_c / max_c p_c, with tau and p learnt from the predictions (FreeMatch).
 
-    Wang et al., arXiv 2205.07246: tau is the moving average of the mean confidence (equation 5), p that of the mean
-    probabilities (equation 6), tau_c equation 8; both start at 1 / K. `penalty` is the self-adaptive fairness term
-    (equations 9 to 11): w_f * sum_c SumNorm(p / h)_c * log SumNorm(p_s / h_s)_c, where h is the moving average of the
+    Wang et al., arXiv 2205.07246, section 3: tau is the moving average of the mean confidence, p that of the mean
+    probabilities; both start at 1 / K. `penalty` is the self-adaptive fairness term,
+    w_f * sum_c SumNorm(p / h)_c * log SumNorm(p_s / h_s)_c, where h is the moving average of the
     histogram of pseudo-labels and p_s, h_s are mean probabilities and histogram of the student's confident images. It
     is the negative of a cross-entropy, as in paper and reference code; it is -log K if all is uniform.
 
@@ -208,7 +206,7 @@ class FreeThreshold(Threshold):
 class SoftThreshold(Threshold):
     """A truncated Gaussian of the confidence: 1 if max p >= mu, else exp(-n^2 (max p - mu)^2 / (2 sigma^2)).
 
-    SoftMatch (Chen et al., arXiv 2301.10921, equations 6 and 7, with n standard deviations as in its code): mu and
+    SoftMatch (Chen et al., arXiv 2301.10921, section 3, with n standard deviations as in its code): mu and
     sigma^2 are moving averages of mean and unbiased variance of the confidence, starting at 1 / K and 1.
 
     Buffers: mean [], variance [].
@@ -256,7 +254,7 @@ class SoftThreshold(Threshold):
 class RelativeThreshold(Threshold):
     """1[max p >= tau * mean max p_labeled]: as sure as on labelled images (AdaMatch).
 
-    Berthelot et al., arXiv 2106.04732, equation 6. The mean is over the labelled images of the batch, of all processes.
+    Berthelot et al., arXiv 2106.04732, section 3. The mean is over the labelled images of the batch, of all processes.
 
     Args:
         threshold: tau >= 0.
@@ -278,7 +276,7 @@ class RelativeThreshold(Threshold):
 class LossThreshold(Threshold):
     """1[-log max p <= rho_t] with rho_t = max(C * gamma^-k * rho_0, rho_min), a loss that shrinks (Dash).
 
-    Xu et al., arXiv 2109.00650, algorithm 1 and equation 8. The loss of an image is that of its weak view with its own
+    Xu et al., arXiv 2109.00650, algorithm 1. The loss of an image is that of its weak view with its own
     pseudo-label (as in TorchSSL and USB), which makes this 1[max p >= exp(-rho_t)]. During the warm-up no unlabelled
     image counts; rho_0 is the labelled loss at its end, here an average of its batches with decay 0.99. k counts the
     periods since.
