@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 if TYPE_CHECKING:
+    from datamodules.classification.arrays import ArraySource, DigitsSource
+    from datamodules.classification.contents import Contents, ImageSource
+    from datamodules.classification.splits import LongTail
     from datamodules.draw_request import DrawRequest
     from datamodules.generated import GeneratedLesionsDataModule, draw_lesions
+    from datamodules.label_noise import LabelNoise, transition_matrix
     from datamodules.loading import EvalSampler, MixedTrainSampler, SampleKey, TrainSampler
     from datamodules.partition import labelled_subset, stratified_order
     from datamodules.sampling import SamplingDataModule
@@ -25,20 +29,27 @@ if TYPE_CHECKING:
     from datamodules.segmentation.isic2018 import ISIC2018DataModule
     from datamodules.segmentation.pairs import LabelledArrays, Pair
     from datamodules.segmentation.ph2 import PH2DataModule
+    from datamodules.semi_supervised import SemiSupervisedDataModule
     from datamodules.synthetic_images import SyntheticImages
     from datamodules.transforms import SwapHorizontalFlip, default_train_transform
     from datamodules.views.views import BatchViews, WorkerViews
 
 __all__ = [
+    "ArraySource",
     "BatchViews",
     "CelebAMaskHQDataModule",
     "ChestXrayDataModule",
+    "Contents",
+    "DigitsSource",
     "DrawRequest",
     "EvalSampler",
     "FolderSegmentationDataModule",
     "GeneratedLesionsDataModule",
     "ISIC2018DataModule",
+    "ImageSource",
+    "LabelNoise",
     "LabelledArrays",
+    "LongTail",
     "MixedTrainSampler",
     "PH2DataModule",
     "Pair",
@@ -46,6 +57,7 @@ __all__ = [
     "SamplingDataModule",
     "SegmentationDataModule",
     "SegmentationDataset",
+    "SemiSupervisedDataModule",
     "SwapHorizontalFlip",
     "SyntheticImages",
     "TrainSampler",
@@ -54,11 +66,16 @@ __all__ = [
     "draw_lesions",
     "labelled_subset",
     "stratified_order",
+    "transition_matrix",
 ]
 
 _MODULES = {
+    "datamodules.classification.arrays": ("ArraySource", "DigitsSource"),
+    "datamodules.classification.contents": ("Contents", "ImageSource"),
+    "datamodules.classification.splits": ("LongTail",),
     "datamodules.draw_request": ("DrawRequest",),
     "datamodules.generated": ("GeneratedLesionsDataModule", "draw_lesions"),
+    "datamodules.label_noise": ("LabelNoise", "transition_matrix"),
     "datamodules.loading": ("EvalSampler", "MixedTrainSampler", "SampleKey", "TrainSampler"),
     "datamodules.partition": ("labelled_subset", "stratified_order"),
     "datamodules.sampling": ("SamplingDataModule",),
@@ -70,6 +87,7 @@ _MODULES = {
     "datamodules.segmentation.isic2018": ("ISIC2018DataModule",),
     "datamodules.segmentation.pairs": ("LabelledArrays", "Pair"),
     "datamodules.segmentation.ph2": ("PH2DataModule",),
+    "datamodules.semi_supervised": ("SemiSupervisedDataModule",),
     "datamodules.synthetic_images": ("SyntheticImages",),
     "datamodules.transforms": ("SwapHorizontalFlip", "default_train_transform"),
     "datamodules.views.views": ("BatchViews", "WorkerViews"),

@@ -5,12 +5,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch.distributed as dist
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
+
+if TYPE_CHECKING:
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+T_co = TypeVar("T_co", covariant=True)
 
 DATA_VARIABLE = "FEWLIGHT_DATA"
 
@@ -53,6 +59,22 @@ def world() -> tuple[int, int]:
     return 1, 0
 
 
+class LateLoader(DataLoader[T_co]):
+    """A DataLoader that asks its sampler for nothing before the first batch is asked for.
+
+    Lightning makes the iterator of an epoch before it tells the sampler which epoch that is, and before the hooks
+    of the epoch's start. A DataLoader with worker processes asks its sampler for the first batches right then: a
+    resumed fit would go through the first epoch's images again.
+    """
+
+    def __iter__(self) -> "_BaseDataLoaderIter":
+        """Return an iterator that does nothing yet."""
+        return cast("_BaseDataLoaderIter", self._batches())
+
+    def _batches(self) -> Iterator[T_co]:
+        yield from super().__iter__()
+
+
 class _ShardSampler(DistributedSampler[Any]):
     """What both samplers share: Lightning leaves a DistributedSampler alone instead of replacing it."""
 
@@ -71,10 +93,17 @@ class _ShardSampler(DistributedSampler[Any]):
         self.size = size
 
 
-class _Stream:
-    """Endless seeded permutations of n items; any element can be had without those before it."""
+class Stream:
+    """Endless seeded permutations of n items; any element can be had without those before it.
+
+    Args:
+        size: Number of items n.
+        seed: Seed of the permutations.
+        salt: Tells streams of one seed apart.
+    """
 
     def __init__(self, size: int, seed: int, salt: tuple[int, ...] = ()) -> None:
+        """Draw nothing yet."""
         self.size = size
         self.seed = seed
         self.salt = salt
@@ -82,11 +111,31 @@ class _Stream:
         self._order = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> int:
+        """Return the item at a position of the stream."""
         block, place = divmod(position, self.size)
+        return int(self._permutation(block)[place])
+
+    def take(self, start: int, stop: int, step: int = 1) -> npt.NDArray[np.int64]:
+        """Return the items at the positions of a range.
+
+        Args:
+            start: First position.
+            stop: End of the range.
+            step: Distance of two positions.
+        """
+        positions = np.arange(start, stop, step)
+        blocks = positions // self.size
+        items = np.empty(len(positions), dtype=np.int64)
+        for block in range(start // self.size, (stop - 1) // self.size + 1):
+            chosen = blocks == block
+            items[chosen] = self._permutation(block)[positions[chosen] - block * self.size]
+        return items
+
+    def _permutation(self, block: int) -> npt.NDArray[np.int64]:
         if block != self._block:
             self._block = block
             self._order = np.random.default_rng((self.seed, block, *self.salt)).permutation(self.size)
-        return int(self._order[place])
+        return self._order
 
 
 class TrainSampler(_ShardSampler):
@@ -141,7 +190,7 @@ class TrainSampler(_ShardSampler):
     def __iter__(self) -> Iterator[SampleKey]:
         """Yield this rank's samples of the epoch given to `set_epoch`."""
         start = self.epoch * self.total_size
-        stream = _Stream(self.size, self.seed)
+        stream = Stream(self.size, self.seed)
         for draw in range(start + self.rank, start + self.total_size, self.num_replicas):
             yield SampleKey(stream[draw], draw)
 
@@ -195,7 +244,7 @@ class MixedTrainSampler(TrainSampler):
 
     def __iter__(self) -> Iterator[SampleKey]:
         """Yield this rank's samples of the epoch given to `set_epoch`."""
-        first, second = _Stream(self.first, self.seed), _Stream(self.extra, self.seed, salt=(1,))
+        first, second = Stream(self.first, self.seed), Stream(self.extra, self.seed, salt=(1,))
         ranks, rank = self.num_replicas, self.rank
         for step in range(self.epoch * self.num_samples, (self.epoch + 1) * self.num_samples):
             before = self._second_before(step)

@@ -98,7 +98,15 @@ def read_head(path: Path) -> Head:
         return _head(image)[0]
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn a picture of any mode into 8-bit RGB; above 8 bits it is stretched from its own minimum to its maximum.
+
+    Args:
+        image: The picture.
+
+    Raises:
+        ValueError: It holds values that are not finite.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         # Above 8 bits there is no fixed white: X-ray files use 10, 12 or 16 bits, signed or not.
         values = np.asarray(image, dtype=np.float64)
@@ -136,7 +144,7 @@ def read_image(path: Path, size: int) -> DecodedImage:
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the work; twice the target keeps the
         # antialiasing of the last step.
         image.draft(None, (2 * size, 2 * size))
-        rgb = _to_rgb(image)
+        rgb = to_rgb(image)
         if rgb.size != (size, size):
             rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
         if turn is not None:

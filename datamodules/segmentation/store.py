@@ -208,7 +208,7 @@ def _decode_all(pairs: Sequence[Pair], decode: Decode, size: int, what: str) -> 
             masks[row] = decoded.mask
         return decoded.original_size
 
-    sizes, problems, good = _collect(fill, count, f"decoding {what}")
+    sizes, problems, good = collect(fill, count, f"decoding {what}")
     if problems:
         images = images[good]
         masks = None if masks is None else masks[good]
@@ -222,13 +222,23 @@ def _probe_all(pairs: Sequence[Pair], decode: Decode, probe: Probe, what: str) -
         except DECODE_ERRORS as error:
             return Problem(pairs[row].image, reason_for(error))
 
-    sizes, problems, good = _collect(look, len(pairs), f"checking {what}")
+    sizes, problems, good = collect(look, len(pairs), f"checking {what}")
     return ImageStore([pairs[row] for row in good], sizes, decode=decode), problems
 
 
-def _collect(
+def collect(
     work: Callable[[int], tuple[int, int] | Problem], count: int, title: str
 ) -> tuple[list[tuple[int, int]], list[Problem], list[int]]:
+    """Do the same work on many files in threads, with a progress bar.
+
+    Args:
+        work: Handles the file of a number and returns the picture's (height, width), or what is wrong with it.
+        count: Number of files.
+        title: Names the work in the progress bar.
+
+    Returns:
+        Sizes of the files that are fine, what is wrong with the others, and the numbers of those that are fine.
+    """
     sizes: list[tuple[int, int]] = []
     problems: list[Problem] = []
     good: list[int] = []

@@ -1,0 +1,391 @@
+"""Labelled and unlabelled images for semi-supervised classification."""
+
+from typing import Any, Literal, TypeVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.classification.arrays import DigitsSource
+from datamodules.classification.contents import ImageSource, Int64Array
+from datamodules.classification.prepare import Prepared, Reading, check_least, image_side, images_of_folder, prepare
+from datamodules.classification.splits import LabelPlan, LongTail
+from datamodules.classification.streams import (
+    EvalImages,
+    Pool,
+    SplitRows,
+    StreamName,
+    StreamSampler,
+    TrainBatch,
+    TrainBatches,
+    keyed,
+    view_seed,
+)
+from datamodules.label_noise import LabelNoise
+from datamodules.loading import EvalSampler, LateLoader
+from datamodules.views.policies import StrongName, WeakName
+from datamodules.views.views import BatchViews, WorkerViews
+
+T = TypeVar("T")
+
+
+class SemiSupervisedDataModule(pl.LightningDataModule):
+    """A few images with labels and many without, in two training streams.
+
+    A training batch is {"labeled": {"image", further views, "label", "index", "true_label"}, "unlabeled": {views,
+    "index", "true_label"}}, images float32 [B, C, H, W] in [0, 1]. Which views there are is up to the method
+    (`declare_views`); one that wants none of unlabelled images gets no "unlabeled". Both streams have batches of fixed
+    size, however few images there are. `label` is the given label, noise included; `true_label` is for reports on
+    pseudo-labels only, -1 where it is not known. Images of one split are numbered from 0 (`index`). Batches to
+    evaluate have "image", "label" and "index"; -1 there marks a filler.
+
+    Order and augmentation of a training batch are functions of `seed`, epoch and rank, so that a fit that goes on from
+    a checkpoint sees what it would have seen.
+
+    Args:
+        source: Where images and labels come from; None takes scikit-learn's digits.
+        image_size: Side in pixels that images are resized to (the short side, then the middle is cut out); None takes
+            the source's own.
+        batch_size: Labelled images a batch, on each device.
+        unlabeled_ratio: Unlabelled images for each labelled one of a batch.
+        num_labels: Labelled images in all; None for all that have a label.
+        labels_per_class: Labelled images of each class; give this or `num_labels`.
+        labels_seed: Seed of the choice; the choices of one seed are nested.
+        labels_balanced: Spread `num_labels` over the classes as equally as possible; else in their proportions.
+        val_share: Share of the labelled images to validate on, in [0, 1); every class keeps one to train on. Without
+            meaning for a source with validation images of its own.
+        steps_per_epoch: Batches of an epoch.
+        include_labeled: Let the labelled images be among the unlabelled ones, too. Validation images never are.
+        weak: What a weak view is, see BatchViews. Digits do not survive a flip.
+        strong: What a strong view is, see BatchViews.
+        num_ops: Operations of a strong view with "randaugment".
+        cutout: Largest side of the hole in a strong view, as a share of the image's side.
+        crop_padding: Largest shift of a weak view, in pixels, or as a share of the side if a float.
+        fill: Grey level, in [0, 1], of holes and of what is drawn in from outside.
+        augment: Make the views of a whole batch on the device, or of each image in the loader's workers.
+        label_noise: Makes given labels wrong, those validated on included; never those of test images.
+        imbalance: Makes the classes unequal.
+        num_workers: Processes that fetch batches; 0 does it in the training process, which is enough while images
+            are in memory and augmented on the device.
+        cache_megabytes: Memory for decoded images; if they need more they are decoded on every access.
+        on_bad_file: Stop at unusable files, or skip and log each.
+        max_bad_share: Share of unusable files above which skipping gives up, in [0, 1].
+        predict_images: Folder of images to predict, nested folders included; None predicts the test images.
+        eval_batch_size: Images of a batch to evaluate.
+        seed: Seed of the order and the augmentations.
+
+    Attributes:
+        counts: Images per use, after `setup`.
+        fingerprint: Identifies the data and its split, after `setup`.
+
+    Raises:
+        ValueError: If an argument is out of range; in `setup`, if images or labels cannot be used.
+        FileNotFoundError: In `setup`, if the images are missing.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | None = None,
+        image_size: int | None = None,
+        batch_size: int = 64,
+        unlabeled_ratio: int = 7,
+        num_labels: int | None = None,
+        labels_per_class: int | None = None,
+        labels_seed: int = 0,
+        labels_balanced: bool = True,
+        val_share: float = 0.0,
+        steps_per_epoch: int = 1024,
+        include_labeled: bool = True,
+        weak: WeakName = "flip_crop",
+        strong: StrongName = "randaugment",
+        num_ops: int = 2,
+        cutout: float = 0.5,
+        crop_padding: float = 0.125,
+        fill: float = 0.5,
+        augment: Literal["batch", "workers"] = "batch",
+        label_noise: LabelNoise | None = None,
+        imbalance: LongTail | None = None,
+        num_workers: int = 0,
+        cache_megabytes: int = 4096,
+        on_bad_file: Literal["error", "skip"] = "error",
+        max_bad_share: float = 0.05,
+        predict_images: str | None = None,
+        eval_batch_size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        """Check the arguments; no image is read before `setup`."""
+        super().__init__()
+        self.source = DigitsSource() if source is None else source
+        self.image_size = image_side(self.source, image_size)
+        self.batch_size = batch_size
+        self.unlabeled_ratio = unlabeled_ratio
+        self.plan = LabelPlan(
+            num_labels, labels_per_class, labels_seed, labels_balanced, val_share, include_labeled, imbalance
+        )
+        self.reading = Reading(self.image_size, cache_megabytes, on_bad_file, max_bad_share)
+        self.steps_per_epoch = steps_per_epoch
+        self.label_noise = label_noise
+        self.num_workers = num_workers
+        self.predict_images = predict_images
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        for name in ("batch_size", "unlabeled_ratio", "steps_per_epoch", "eval_batch_size"):
+            check_least(name, getattr(self, name), 1)
+        for name in ("num_workers", "seed"):
+            check_least(name, getattr(self, name), 0)
+        if augment not in ("batch", "workers"):
+            msg = f'Expected argument `augment` to be "batch" or "workers", but got {augment!r}.'
+            raise ValueError(msg)
+        kind = WorkerViews if augment == "workers" else BatchViews
+        self._views: BatchViews | WorkerViews = kind(self.image_size, weak, strong, num_ops, cutout, crop_padding, fill)
+        self._names: dict[StreamName, tuple[str, ...]] = {"labeled": ("weak",), "unlabeled": ("weak", "strong")}
+        self._selected: dict[StreamName, Int64Array | None] = {}
+        self._pools: dict[StreamName, Pool] = {}
+        self._data: Prepared | None = None
+        self._predict: EvalImages | None = None
+
+    # ---------------------------------------------------------------- what a module may ask
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; known before `setup`, as the command line gives it to the model."""
+        return len(self.source.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; their positions are the class ids."""
+        return self.source.class_names
+
+    @property
+    def image_channels(self) -> int:
+        """1 for grey images, 3 for colour."""
+        return self.source.image_channels
+
+    @property
+    def num_labeled(self) -> int:
+        """Labelled images to train on, after `setup`."""
+        return len(self._ready().split.labeled)
+
+    @property
+    def num_unlabeled(self) -> int:
+        """Images to train on without their labels, after `setup`."""
+        return len(self._ready().split.unlabeled)
+
+    def declare_views(self, labeled: tuple[str, ...], unlabeled: tuple[str, ...]) -> None:
+        """Say which views a training batch has; without a word labelled images are weak, others weak and strong.
+
+        Args:
+            labeled: Names of the views of labelled images, at least one; the first is called `image` in a batch, the
+                n-th repeat of a name `name_n`.
+            unlabeled: Those of unlabelled images; without any there are no unlabelled images in a batch.
+
+        Raises:
+            ValueError: A name is unknown here.
+        """
+        if not labeled:
+            msg = "Expected argument `labeled` to name at least one view, but got none; give at least `plain`."
+            raise ValueError(msg)
+        known = self._views.names
+        # A probe is compared with the label of its image.
+        without = tuple(name for name in known if name != "probe")
+        for stream, names, possible in (("labeled", labeled, known), ("unlabeled", unlabeled, without)):
+            for name in names:
+                if name not in possible:
+                    msg = (
+                        f"Expected argument `{stream}` to name views out of {possible}, but got {name!r}. "
+                        "Labelled images have a probe with `strong: ctaugment`."
+                    )
+                    raise ValueError(msg)
+        self._names = {"labeled": tuple(labeled), "unlabeled": tuple(unlabeled)}
+
+    def share_rates(self, rates: Tensor) -> None:
+        """Take CTAugment's table, which the views read anew for every batch.
+
+        Args:
+            rates: Table [19, 2, 17] in shared memory, given before the training loader is made.
+        """
+        self._views.share_rates(rates)
+
+    def select(self, split: StreamName, indices: Tensor | None) -> None:
+        """Choose the images that the training stream of a split draws from, from the next epoch on.
+
+        Args:
+            split: Labelled or unlabelled images.
+            indices: Their indices, repeats count; None for all.
+
+        Raises:
+            ValueError: There are none, or one is out of range.
+        """
+        chosen = None if indices is None else indices.detach().cpu().to(torch.int64).numpy().copy()
+        size = self.num_labeled if split == "labeled" else self.num_unlabeled
+        if chosen is not None and (chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= size):
+            msg = (
+                f"Expected argument `indices` to be at least one index from 0 to {size - 1} ({size} {split} images), "
+                f"but got {chosen.size} of shape {list(chosen.shape)}, or some out of range; None takes all."
+            )
+            raise ValueError(msg)
+        self._selected[split] = chosen
+        if split in self._pools:
+            self._pools[split].selected = chosen
+
+    def labels_of(self, split: StreamName) -> Tensor:
+        """Given labels of all training images of a split, by index.
+
+        Args:
+            split: Labelled or unlabelled images.
+
+        Returns:
+            Class ids int64 [N]; -1 for unlabelled images that are no labelled ones, too.
+        """
+        return self._given(self._rows(split))
+
+    def sweep_dataloader(self, split: StreamName) -> DataLoader[dict[str, Tensor]]:
+        """Return all training images of a split as they are, with "image", "label" and "index", shared among ranks.
+
+        Args:
+            split: Labelled or unlabelled images.
+        """
+        return self._eval_loader(self._images(self._rows(split)))
+
+    # ---------------------------------------------------------------- reading
+
+    def check(self) -> None:
+        """Look whether there are images, without reading any: the command line asks before the stages run.
+
+        Raises:
+            FileNotFoundError: If the root or the images in it are missing.
+        """
+        self.source.check()
+
+    def setup(self, stage: str = "fit") -> None:
+        """Find, check and decode the images once, and choose the labelled ones.
+
+        Args:
+            stage: fit, validate, test or predict; predicting a folder does not need the source.
+        """
+        if stage == "predict" and self.predict_images is not None:
+            if self._predict is None:
+                self._predict = images_of_folder(self.predict_images, self.reading, self.image_channels)
+        elif self._data is None:
+            data = prepare(self.source, self.reading, self.plan, self.label_noise)
+            self.counts = {name: len(getattr(data.split, name)) for name in ("labeled", "unlabeled", "val", "test")}
+            self.fingerprint = data.fingerprint
+            self._data = data
+
+    def _ready(self) -> Prepared:
+        if self._data is None:
+            msg = "Call `setup` before asking for images: they have not been read yet."
+            raise RuntimeError(msg)
+        return self._data
+
+    def _rows(self, split: StreamName) -> Int64Array:
+        data = self._ready()
+        return data.split.labeled if split == "labeled" else data.split.unlabeled
+
+    def _given(self, rows: Int64Array) -> Tensor:
+        return self._ready().labels[torch.from_numpy(rows)]
+
+    def _images(self, rows: Int64Array) -> EvalImages:
+        data = self._ready()
+        return EvalImages(data.store, rows, self._given(rows), [data.keys[row] for row in rows])
+
+    # ---------------------------------------------------------------- loaders
+
+    def train_dataloader(self) -> DataLoader[TrainBatch]:
+        """Return training batches, whose order depends on `seed` and the epoch only.
+
+        With `augment: batch` they hold 8-bit images, and `on_after_batch_transfer` makes their views.
+
+        Raises:
+            ValueError: A method wants unlabelled images, and there are none.
+        """
+        data = self._ready()
+        sizes = {"labeled": self.batch_size, "unlabeled": self.batch_size * self.unlabeled_ratio}
+        self._pools, splits = {}, {}
+        for stream, names in self._names.items():
+            if names:
+                rows = self._rows(stream)
+                if not len(rows):
+                    msg = (
+                        "Expected images without a label, which the method wants views of, but all are labelled. Set "
+                        "`include_labeled: true`, `num_labels` or `labels_per_class`."
+                    )
+                    raise ValueError(msg)
+                self._pools[stream] = Pool(len(rows), sizes[stream], self._selected.get(stream))
+                splits[stream] = SplitRows(rows, self._given(rows), data.truth[torch.from_numpy(rows)], names)
+        views = self._views if isinstance(self._views, WorkerViews) else None
+        batches = TrainBatches(data.store, splits, self.seed, views, self.steps_per_epoch)
+        sampler = StreamSampler(self._pools, self.steps_per_epoch, self.seed)
+        return LateLoader(batches, batch_size=None, sampler=sampler, **self._settings())
+
+    def on_after_batch_transfer(self, batch: object, dataloader_idx: int) -> object:
+        """Make the views of a training batch on its device; others pass as they are.
+
+        Args:
+            batch: What a loader of this datamodule gave, moved to the device.
+            dataloader_idx: Number of the loader.
+        """
+        views = self._views
+        if not isinstance(views, BatchViews) or not isinstance(batch, dict) or "labeled" not in batch:
+            return batch
+        made = {}
+        for stream, names in self._names.items():
+            if stream in batch:
+                part = dict(batch[stream])
+                images = part.pop("image").to(torch.float32).div_(255)
+                # Random numbers of the CPU: the same views on every kind of device.
+                generator = torch.Generator().manual_seed(view_seed(self.seed, stream, part.pop("draw")))
+                made[stream] = {**keyed(views(images, names, generator), names, stream), **part}
+        return made
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
+        """Return validation batches; an empty list if there are no validation images."""
+        rows = self._ready().split.val
+        return self._eval_loader(self._images(rows)) if len(rows) else []
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return test batches.
+
+        Raises:
+            ValueError: If there are no test images.
+        """
+        return self._eval_loader(self._tested())
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the images of `predict_images`, or those to test on.
+
+        Raises:
+            ValueError: If there are neither.
+        """
+        if self.predict_images is not None:
+            self.setup("predict")
+        return self._eval_loader(self._tested() if self._predict is None else self._predict, pad=False)
+
+    def _tested(self) -> EvalImages:
+        rows = self._ready().split.test
+        if not len(rows):
+            msg = (
+                f"There are no test images in {self.source.place}. Add some (see its layout), or set "
+                "`predict_images` to predict a folder."
+            )
+            raise ValueError(msg)
+        return self._images(rows)
+
+    def _eval_loader(self, images: EvalImages, pad: bool = True) -> DataLoader[dict[str, Tensor]]:
+        sampler = EvalSampler(len(images), pad)
+        # A batch comes as one from `__getitems__`; there is nothing to put together.
+        return DataLoader(images, self.eval_batch_size, sampler=sampler, collate_fn=_as_it_is, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+            # Its own generator: the default would draw from the global one, and a resumed run would differ by it.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+
+
+def _as_it_is(batch: T) -> T:
+    return batch
