@@ -94,7 +94,7 @@ class ViewSettings:
     strong: StrongName = "randaugment"
     num_ops: int = 2
     cutout: float = 0.5
-    crop_padding: float = 0.125
+    crop_padding: int | float = 0.125
     fill: float = 0.5
 
     def __post_init__(self) -> None:
@@ -175,6 +175,15 @@ class Plan:
     hole: Tensor | None = None
     ops: Tensor | None = None
     bins: Tensor | None = None
+
+    def of(self, part: slice) -> "Plan":
+        """Give the plan of some of the images."""
+
+        def cut(numbers: Tensor | None) -> Tensor | None:
+            return None if numbers is None else numbers[part]
+
+        shift = self.shift and Shift(self.shift.flip[part], self.shift.top[part], self.shift.left[part])
+        return Plan(shift, cut(self.kinds), cut(self.values), cut(self.hole), cut(self.ops), cut(self.bins))
 
 
 def _kinds(table: tuple[tuple[str, float, float], ...]) -> Tensor:

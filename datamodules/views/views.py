@@ -10,6 +10,9 @@ from datamodules.views.batch_ops import apply_operations, cut_holes, shift_image
 from datamodules.views.policies import Plan, StrongName, ViewSettings, WeakName, draw_plan
 from datamodules.views.worker_ops import apply_plan
 
+# Of a part of a batch on the CPU. Strong views of 128 images of 224 pixels took 0.6 of the time they took at once.
+_PART_NUMBERS = 2**22
+
 
 class _Views:
     """Settings, names and CTAugment's table, which both kinds of views have."""
@@ -21,7 +24,7 @@ class _Views:
         strong: StrongName = "randaugment",
         num_ops: int = 2,
         cutout: float = 0.5,
-        crop_padding: float = 0.125,
+        crop_padding: int | float = 0.125,
         fill: float = 0.5,
     ) -> None:
         self.settings = ViewSettings(image_size, weak, strong, num_ops, cutout, crop_padding, fill)
@@ -117,13 +120,26 @@ class BatchViews(_Views):
             raise ValueError(msg)
         views = {}
         for name, number, plan in self._draw(names, len(images), generator):
-            views[f"{name}{number}"] = self._apply(images, plan)
+            views[f"{name}{number}"] = images if name == "plain" else self._apply(images, plan)
             if name == "probe" and plan.ops is not None and plan.bins is not None:
                 views[f"probe_ops{number}"] = plan.ops.to(images.device)
                 views[f"probe_bins{number}"] = plan.bins.to(images.device)
         return views
 
     def _apply(self, images: Tensor, plan: Plan) -> Tensor:
+        """Make a view; on the CPU of a part of a large batch at a time."""
+        size = len(images)
+        if images.device.type == "cpu":
+            size = max(1, _PART_NUMBERS // images[0].numel()) if size else 0
+        if size >= len(images):
+            return self._apply_at_once(images, plan)
+        result = torch.empty_like(images)
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
+            result[part] = self._apply_at_once(images[part], plan.of(part))
+        return result
+
+    def _apply_at_once(self, images: Tensor, plan: Plan) -> Tensor:
         fill = self.settings.fill
         if plan.shift is not None:
             images = shift_images(images, plan.shift, self.settings.pad)

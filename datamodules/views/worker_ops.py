@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from PIL.Image import Resampling, Transform
 
@@ -38,7 +40,7 @@ def apply_plan(pixels: UInt8Array, plan: Plan, settings: ViewSettings) -> UInt8A
     if plan.kinds is None or plan.values is None:
         return np.array(pixels)
     fill = round(255 * settings.fill)
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
     for kind, values in zip(plan.kinds[0].tolist(), plan.values[0].tolist(), strict=True):
         image = OPERATIONS[KINDS[kind]](image, values, fill)
     if plan.hole is not None:
@@ -46,11 +48,17 @@ def apply_plan(pixels: UInt8Array, plan: Plan, settings: ViewSettings) -> UInt8A
     return np.array(image).reshape(pixels.shape)
 
 
+@cache
+def _reflected(side: int, pad: int) -> npt.NDArray[np.int64]:
+    """Where the rows of a padded image come from; padding the image itself takes much longer."""
+    return np.pad(np.arange(side), pad, mode="reflect")
+
+
 def _shifted(pixels: UInt8Array, flip: bool, top: int, left: int, pad: int) -> UInt8Array:
     side = pixels.shape[0]
-    padded = np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
-    cropped = padded[top : top + side, left : left + side]
-    return np.ascontiguousarray(cropped[:, ::-1] if flip else cropped)
+    source = _reflected(side, pad)
+    columns = source[left : left + side]
+    return pixels[source[top : top + side]][:, columns[::-1] if flip else columns]
 
 
 def _level(image: Image.Image, fill: int) -> int | tuple[int, ...]:

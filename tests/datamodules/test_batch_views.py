@@ -131,6 +131,23 @@ def test_trivial_is_one_operation_and_num_ops_counts() -> None:
         assert plan.kinds.shape == (5, depth)
 
 
+@pytest.mark.parametrize("numbers", [1, 3 * 32 * 32 * 7])
+def test_parts_of_a_large_batch_make_the_same_views(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pictures(30)
+    whole = BatchViews(32, strong="ctaugment")(images, (*NAMES, "probe"), generator())
+    monkeypatch.setattr("datamodules.views.views._PART_NUMBERS", numbers)
+    parts = BatchViews(32, strong="ctaugment")(images, (*NAMES, "probe"), generator())
+    assert tuple(parts) == tuple(whole)
+    for key, view in whole.items():
+        # Thresholds and whole steps make a jump of a rounding error, so a few pixels may differ.
+        assert ((parts[key] - view).abs() > 1e-5).float().mean() < 1e-3
+
+
+def test_an_empty_batch_stays_empty() -> None:
+    views = BatchViews(32)(pictures(0), NAMES, generator())
+    assert all(view.shape == (0, 3, 32, 32) for view in views.values())
+
+
 def test_no_hole_without_cutout_and_fill_is_used() -> None:
     images = torch.full((60, 3, 32, 32), 0.25)
     # Flat grey images show holes and what comes from outside only; without them one value an image remains.
