@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -232,7 +233,9 @@ class SSLClassifier(SSLHost):
         found = self.val_metrics.compute()
         self.log_dict(found, prog_bar=False)
         accuracy = float(found.get("val_accuracy", -1.0))
-        if self.trainer.training and accuracy > self._best_accuracy:
+        # Within a fit, `trainer.training` is False while it validates.
+        fits = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if fits and accuracy > self._best_accuracy:
             self._best_accuracy = accuracy
             self._best = {k: v.detach().cpu().clone() for k, v in self.predictor.state_dict().items()}
         self.val_metrics.reset()
@@ -255,7 +258,7 @@ class SSLClassifier(SSLHost):
         """Counts [K, K] of the evaluation so far: row = true class, column = predicted class."""
         return (self.val_metrics if split == "val" else self.test_metrics).confusion()
 
-    def reliability(self, split: EvalSplit) -> tuple[Tensor, Tensor, Tensor] | None:
+    def reliability(self, split: EvalSplit) -> tuple[Tensor, Tensor, Tensor]:
         """Confidence, accuracy and count of each calibration bin of the evaluation so far."""
         return (self.val_metrics if split == "val" else self.test_metrics).reliability()
 
