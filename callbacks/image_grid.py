@@ -1,13 +1,11 @@
 """Pictures of what a segmenter sees and says, in TensorBoard while it trains."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, cast, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from callbacks.drawing import (
@@ -23,6 +21,7 @@ from callbacks.drawing import (
     tint,
     to_pixels,
 )
+from callbacks.picture import Picture, evaluating, lacks_method, require_positive
 
 
 @runtime_checkable
@@ -45,19 +44,15 @@ class Denoises(Protocol):
         ...
 
 
-class ImageGrid(pl.Callback):
-    """Decides when a picture is drawn and from which images; subclasses draw it."""
+class ImageGrid(Picture):
+    """Decides from which images a picture is drawn; subclasses draw it."""
 
     tag: str
 
     def __init__(self, every_n_epochs: int, num_images: int) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("num_images", num_images)):
-            if value < 1:
-                msg = f"Expected `{name}` to be at least 1, got {value}; leave the callback out to have none."
-                raise ValueError(msg)
-        self.every_n_epochs = every_n_epochs
+        super().__init__(every_n_epochs)
+        require_positive(num_images=num_images)
         self.num_images = num_images
-        self._said: set[str] = set()
 
     def picture(self, pl_module: pl.LightningModule, image: Tensor, mask: Tensor) -> Pixels | None:
         """Draw the picture.
@@ -80,7 +75,7 @@ class ImageGrid(pl.Callback):
             pl_module: The module to ask.
         """
         alone = trainer.state.fn == TrainerFn.VALIDATING
-        if not trainer.sanity_checking and (alone or self._is_due(trainer)):
+        if not trainer.sanity_checking and (alone or self.is_due(trainer)):
             self._draw(trainer, pl_module, "val", trainer.val_dataloaders)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -102,23 +97,18 @@ class ImageGrid(pl.Callback):
         # A datamodule may well have a `val_dataloader` that returns no loader.
         known = trainer.val_dataloaders is not None
         validates = trainer.enable_validation and (any(trainer.num_val_batches) or not known)
-        if not validates and self._is_due(trainer):
+        if not validates and self.is_due(trainer):
             self._draw(trainer, pl_module, "train", trainer.train_dataloader)
-
-    def _is_due(self, trainer: pl.Trainer) -> bool:
-        epoch = trainer.current_epoch + 1
-        return epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str, loaders: object) -> None:
         if not trainer.is_global_zero:
             return
-        add_image = image_sink(trainer)
+        add_image = self.sink(trainer)
         if add_image is None:
-            self._say("no logger takes images (TensorBoardLogger does), nothing is drawn.")
             return
         items = self._first_items(loaders)
         if not items:
-            self._say(f"the {split} data has no items with `image` and `mask`, nothing is drawn.")
+            self.say(f"the {split} data has no items with `image` and `mask`, nothing is drawn.")
             return
         with evaluating(trainer, pl_module):
             precision = trainer.strategy.precision_plugin
@@ -138,11 +128,6 @@ class ImageGrid(pl.Callback):
             return []
         items = [data[i] for i in range(min(self.num_images, len(data)))]
         return [item for item in items if isinstance(item, Mapping) and {"image", "mask"} <= item.keys()]
-
-    def _say(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            rank_zero_info(f"{type(self).__name__}: {line}")
 
 
 class SegmentationGrid(ImageGrid):
@@ -180,7 +165,7 @@ class SegmentationGrid(ImageGrid):
             TypeError: The module has no `segment`.
         """
         if getattr(pl_module, "objective", None) == "generative":
-            self._say("objective 'generative' trains no masks, nothing is drawn.")
+            self.say("objective 'generative' trains no masks, nothing is drawn.")
             return None
         if not isinstance(pl_module, Segments):
             raise TypeError(lacks_method(pl_module, "segment(image)", type(self)))
@@ -244,7 +229,7 @@ class DenoisingGrid(ImageGrid):
         """
         objective = getattr(pl_module, "objective", None)
         if objective == "supervised":
-            self._say("objective 'supervised' does not denoise, nothing is drawn.")
+            self.say("objective 'supervised' does not denoise, nothing is drawn.")
             return None
         if not isinstance(pl_module, Denoises):
             raise TypeError(lacks_method(pl_module, "denoise(image, level, generator)", type(self)))
@@ -266,41 +251,11 @@ class DenoisingGrid(ImageGrid):
         return sheet(["input and truth", *(f"level {level:g}" for level in self.levels)], rows)
 
 
-def image_sink(trainer: pl.Trainer) -> Callable[..., object] | None:
-    """`add_image` of the first logger that takes pictures, as TensorBoard's does; None where none does."""
-    for logger in trainer.loggers:
-        sink: Any = getattr(getattr(logger, "experiment", None), "add_image", None)
-        if callable(sink):
-            return cast("Callable[..., object]", sink)
-    return None
-
-
-@contextmanager
-def evaluating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Evaluation mode for a moment; afterwards every layer is as it was, frozen ones included."""
-    modes = {module: module.training for module in pl_module.modules()}
-    pl_module.eval()
-    try:
-        with torch.no_grad(), trainer.strategy.precision_plugin.forward_context():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def predicted_masks(pl_module: pl.LightningModule, image: Tensor, probabilities: Tensor) -> Tensor:
     """Class ids [B, H, W]: the module's own verdict where it has one (`masks(image)`), else the likeliest class."""
     masks = getattr(pl_module, "masks", None)
     labels: Tensor = masks(image) if callable(masks) else probabilities.argmax(1)
     return labels
-
-
-def lacks_method(pl_module: pl.LightningModule, method: str, callback: type) -> str:
-    """What to say of a module without the method that a callback needs."""
-    return (
-        f"Expected a `model` with a method {method}, got {type(pl_module).__name__}; add it, or take "
-        f"{callback.__name__} out of `trainer.callbacks`."
-    )
 
 
 def _jaccard(predicted: Tensor, true: Tensor) -> float:

@@ -1,18 +1,16 @@
-"""Whether a segmenter is as often right as it says, as a picture in TensorBoard."""
+"""Whether a module is as often right as it says, as a picture in TensorBoard."""
 
 import math
 from functools import cache
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pytorch_lightning as pl
 from PIL import Image, ImageDraw, ImageFont
-from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from callbacks.drawing import Color, Pixels
-from callbacks.image_grid import image_sink, lacks_method
+from callbacks.picture import TITLES, EvalSplit, EvaluationPicture, lacks_method
 
 _SIZE = (480, 560)
 _FINE = 3  # drawn this much larger, then reduced: PIL draws no smooth lines
@@ -32,18 +30,19 @@ _HISTOGRAM_BAR: Color = (150, 165, 180)
 class TellsReliability(Protocol):
     """A module that knows how often it was right at which confidence."""
 
-    def reliability(self, split: Literal["val", "test"]) -> tuple[Tensor, Tensor, Tensor] | None:
+    def reliability(self, split: EvalSplit) -> tuple[Tensor, Tensor, Tensor] | None:
         """Mean confidence, accuracy (NaN where empty) and count of each bin, over all processes; or nothing."""
         ...
 
 
-class ReliabilityDiagram(pl.Callback):
+class ReliabilityDiagram(EvaluationPicture):
     """Draws accuracy against confidence at the end of validation and test (`<split>/reliability`).
 
-    The confidences of all labelled pixels are divided into bins of equal width. A blue bar is the share of a bin's
-    pixels that were right, red the gap between it and the mean confidence of the bin: the mean of the gaps, weighted
-    by the pixels below, is the expected calibration error (Guo et al., 2017, arXiv 1706.04599). Below is the share of
-    the pixels in each bin, on a logarithmic scale, as most pixels of a segmentation are certain.
+    The confidences of all labelled pixels (of a classifier: images) are divided into bins of equal width. A blue bar is
+    the share of a bin's pixels that were right, red the gap between it and the mean confidence of the bin: the mean of
+    the gaps, weighted by the pixels, is the expected calibration error (Guo et al., 2017, arXiv 1706.04599). Below is
+    the share of the pixels in each bin, on a logarithmic scale, as most pixels of a segmentation are certain. A module
+    that counts something else has an attribute `counted`, what it counts in the plural.
 
     Args:
         every_n_epochs: Epochs between pictures; the last epoch always has one.
@@ -52,68 +51,46 @@ class ReliabilityDiagram(pl.Callback):
         ValueError: `every_n_epochs` is below 1.
     """
 
-    def __init__(self, every_n_epochs: int = 1) -> None:
-        """Check the argument."""
-        if every_n_epochs < 1:
-            msg = f"Expected `every_n_epochs` to be at least 1, got {every_n_epochs}; leave the callback out instead."
-            raise ValueError(msg)
-        self.every_n_epochs = every_n_epochs
-        self._said: set[str] = set()
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw what validation has seen; the module resets its metrics after its callbacks.
+    def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: EvalSplit) -> None:
+        """Draw the picture; called by every process.
 
         Args:
             trainer: The trainer.
             pl_module: The module to ask.
+            split: What was evaluated.
+
+        Raises:
+            TypeError: The module has no `reliability`.
         """
-        epoch = trainer.current_epoch + 1
-        due = epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
-        if not trainer.sanity_checking and (due or trainer.state.fn == TrainerFn.VALIDATING):
-            self._draw(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw what the test has seen.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module to ask.
-        """
-        self._draw(trainer, pl_module, "test")
-
-    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Literal["val", "test"]) -> None:
         if not isinstance(pl_module, TellsReliability):
             raise TypeError(lacks_method(pl_module, "reliability(split)", type(self)))
         # Every process has to ask, as the answer adds up all of them; one draws.
         bins = pl_module.reliability(split)
         if not trainer.is_global_zero:
             return
-        add_image = image_sink(trainer)
+        counted = getattr(pl_module, "counted", "pixels")
         if bins is None:
-            self._say("the module trains no masks, nothing is drawn.")
+            self.say("the module trains no masks, nothing is drawn.")
         elif not bins[2].any():
-            self._say(f"the {split} data has no labelled pixels, nothing is drawn.")
-        elif add_image is None:
-            self._say("no logger takes images (TensorBoardLogger does), nothing is drawn.")
-        else:
-            title = "Validation" if split == "val" else "Test"
-            drawn = draw_reliability(*bins, f"{title}: reliability of {int(bins[2].sum()):,} pixels")
-            add_image(f"{split}/reliability", drawn, trainer.global_step, dataformats="HWC")
-
-    def _say(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            rank_zero_info(f"{type(self).__name__}: {line}")
+            self.say(f"the {split} data has no labelled {counted}, nothing is drawn.")
+        elif (add_image := self.sink(trainer)) is not None:
+            title = f"{TITLES[split]}: reliability of {int(bins[2].sum()):,} {counted}"
+            add_image(
+                f"{split}/reliability", draw_reliability(*bins, title, counted), trainer.global_step, dataformats="HWC"
+            )
 
 
-def draw_reliability(confidence: Tensor, accuracy: Tensor, count: Tensor, title: str) -> Pixels:
+def draw_reliability(
+    confidence: Tensor, accuracy: Tensor, count: Tensor, title: str, counted: str = "pixels"
+) -> Pixels:
     """Draw a reliability diagram over a histogram of the confidences.
 
     Args:
         confidence: [M] mean confidence of each bin in [0, 1], bins of equal width; NaN where it is empty.
-        accuracy: [M] share of its pixels that were right, in [0, 1]; NaN where it is empty.
-        count: [M] how many pixels fell into each bin, at least one of them not 0.
+        accuracy: [M] share of what is in it that was right, in [0, 1]; NaN where it is empty.
+        count: [M] how many fell into each bin, at least one of them not 0.
         title: One line above.
+        counted: What was counted, in the plural.
 
     Returns:
         [560, 480, 3], on white.
@@ -125,7 +102,7 @@ def draw_reliability(confidence: Tensor, accuracy: Tensor, count: Tensor, title:
         msg = (
             "Expected `confidence`, `accuracy` and `count` to be vectors of one length with a bin that is not empty, "
             f"got shapes {tuple(confidence.shape)}, {tuple(accuracy.shape)} and {tuple(count.shape)} and "
-            f"{int(count.sum())} pixels; pass what CalibrationError.bins() returns."
+            f"{int(count.sum())} {counted}; pass what CalibrationError.bins() returns."
         )
         raise ValueError(msg)
     share = (count.cpu().double() / count.cpu().sum()).tolist()
@@ -147,7 +124,7 @@ def draw_reliability(confidence: Tensor, accuracy: Tensor, count: Tensor, title:
             # Whatever is there shows, as a sliver at least.
             chart.bar(_HISTOGRAM, (left, right), (0, max(0.03, 1 - math.log10(part) / low)), _HISTOGRAM_BAR)
     chart.diagonal()
-    for box, label in ((_DIAGRAM, "accuracy"), (_HISTOGRAM, "pixels")):
+    for box, label in ((_DIAGRAM, "accuracy"), (_HISTOGRAM, counted)):
         chart.frame(box, label)
     for k in range(6):
         chart.text(_LEFT + k / 5 * (_RIGHT - _LEFT), _HISTOGRAM[1] + 6, f"{k / 5:.1f}", "ma")

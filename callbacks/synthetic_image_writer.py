@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from torch import Tensor
 
-from callbacks.image_grid import evaluating, image_sink, lacks_method
 from callbacks.pair_sheet import pair_sheet
+from callbacks.picture import evaluating, image_sink, lacks_method
 from datamodules.synthetic_images import Drawing, DrawRequest, Origin, weights_sha256
 
 _TAG = "drawn/pairs"

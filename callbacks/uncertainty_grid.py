@@ -20,7 +20,8 @@ from callbacks.drawing import (
     tint,
     to_pixels,
 )
-from callbacks.image_grid import ImageGrid, lacks_method, predicted_masks
+from callbacks.image_grid import ImageGrid, predicted_masks
+from callbacks.picture import lacks_method
 
 Scale = Literal["log_classes", "largest"]
 
@@ -80,7 +81,7 @@ class UncertaintyGrid(ImageGrid):
             TypeError: The module has no `segment` or no `uncertainty`.
         """
         if getattr(pl_module, "objective", None) == "generative":
-            self._say("objective 'generative' trains no masks, nothing is drawn.")
+            self.say("objective 'generative' trains no masks, nothing is drawn.")
             return None
         if not isinstance(pl_module, KnowsUncertainty):
             raise TypeError(lacks_method(pl_module, "segment(image) and uncertainty(image)", type(self)))

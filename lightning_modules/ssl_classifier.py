@@ -42,6 +42,7 @@ class SSLClassifier(SSLHost):
             (one axis) get no weight decay.
         lr_scheduler: Called with each optimiser; stepped after every batch.
         ema_decay: Decay of the moving average of the network per batch; 0 switches it off.
+        init_from: Checkpoint of another fit whose network (the averaged one) this one starts from.
 
     Raises:
         ValueError: An argument is out of range.
@@ -56,6 +57,8 @@ class SSLClassifier(SSLHost):
         torch.Size([2, 10])
     """
 
+    counted = "images"  # what `confusion` and `reliability` count
+
     def __init__(
         self,
         network: nn.Module,
@@ -65,6 +68,7 @@ class SSLClassifier(SSLHost):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         ema_decay: float = 0.999,
+        init_from: str | None = None,
     ) -> None:
         if num_classes < 2:
             msg = f"Expected `num_classes` >= 2, got {num_classes}; a yes/no question has two classes."
@@ -72,7 +76,7 @@ class SSLClassifier(SSLHost):
         reset = getattr(network, "reset_classifier", None)
         if callable(reset) and getattr(network, "num_classes", None) != num_classes:
             reset(num_classes)
-        super().__init__(network, method, optimizer, lr_scheduler, ema_decay)
+        super().__init__(network, method, optimizer, lr_scheduler, ema_decay, init_from)
         self.save_hyperparameters(ignore=["network", "method", "ramp", "optimizer", "lr_scheduler"])
         self.num_classes = num_classes
         self.ramp = method.ramp if ramp is None else ramp
