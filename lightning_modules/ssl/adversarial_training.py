@@ -16,14 +16,15 @@ def of_length(direction: Tensor, length: float) -> Tensor:
     # Tiny gradients would underflow when squared.
     rows = rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    return (length * rows).view_as(direction).to(direction.dtype)
+    scaled: Tensor = length * rows
+    return scaled.view_as(direction).to(direction.dtype)
 
 
 class AdversarialTraining(Method):
     """Ls = alpha H(y, p(x)) + (1 - alpha) H(y, p(x + r)), r = epsilon sign(grad_x H) or epsilon grad_x H / |grad_x H|.
 
     Goodfellow, Shlens & Szegedy, "Explaining and Harnessing Adversarial Examples", arXiv 1412.6572, section 6; the
-    Euclidean r as in Miyato et al., arXiv 1704.03976, equation 3. r is a constant to the gradient. It needs labels, so
+    Euclidean r as in Miyato et al., arXiv 1704.03976, section 3.1. r is a constant to the gradient. It needs labels, so
     only labelled images are used. Reference settings: "linf", alpha 0.5, epsilon 0.25 for MNIST in [0, 1]; that is
     far too much for natural images (8 / 255 = 0.03 is usual). x + r is not clipped to [0, 1], as there. Only the
     clean images move BatchNorm's running statistics.
