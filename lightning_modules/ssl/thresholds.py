@@ -1,6 +1,5 @@
 """How much an unlabelled image is learnt from: thresholds and weights of pseudo-labels, each with its memory."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -281,7 +280,7 @@ class LossThreshold(Threshold):
     image counts; rho_0 is the labelled loss at its end, here an average of its batches with decay 0.99. k counts the
     periods since.
 
-    Buffers: initial [], rho_0 (NaN before the first batch); current [], rho_t.
+    Buffers: initial [], rho_0; -1 before the first batch.
 
     Args:
         warmup: Share of the training without unlabelled images, in [0, 1]; 2048 of 2^20 batches in the reference.
@@ -295,7 +294,6 @@ class LossThreshold(Threshold):
     """
 
     initial: Tensor
-    current: Tensor
 
     def __init__(
         self,
@@ -321,8 +319,7 @@ class LossThreshold(Threshold):
 
     def setup(self, m: Host) -> None:
         """Start without a threshold."""
-        self.register_buffer("initial", torch.tensor(math.nan))
-        self.register_buffer("current", torch.tensor(math.nan))
+        self.register_buffer("initial", torch.tensor(-1.0))
 
     def forward(self, m: Host, seen: Seen) -> Tensor:
         """Return 1 for images with a small loss, 0 for the others and during the warm-up [B]."""
@@ -333,11 +330,14 @@ class LossThreshold(Threshold):
             true = seen.labeled_probabilities.gather(-1, seen.label.unsqueeze(-1)).clamp_min(smallest)
             (labeled,) = m.gather(-true.log())
             mean = labeled.mean()
-            self.initial.copy_(torch.where(self.initial.isnan(), mean, self.initial.lerp(mean, 0.01)))
+            self.initial.copy_(torch.where(self.initial < 0, mean, self.initial.lerp(mean, 0.01)))
             return torch.zeros_like(confidence)
-        k = int((m.progress - self.warmup) / self.period)
-        self.current.copy_((self.scale * self.shrink**-k * self.initial).clamp_min(self.lowest))
-        return (-confidence.clamp_min(smallest).log() <= self.current).float()
+        return (-confidence.clamp_min(smallest).log() <= self.bound(m.progress)).float()
+
+    def bound(self, t: float) -> Tensor:
+        """rho_t, a scalar, when the share t of the training is done."""
+        k = int(max(0.0, t - self.warmup) / self.period)
+        return (self.scale * self.shrink**-k * self.initial).clamp_min(self.lowest)
 
 
 def at_least_zero(name: str, value: float) -> float:
