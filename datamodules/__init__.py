@@ -14,7 +14,10 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 if TYPE_CHECKING:
     from datamodules.classification.arrays import ArraySource, DigitsSource
     from datamodules.classification.contents import Contents, ImageSource
+    from datamodules.classification.folders import FolderSource, ImageNetSource, TwoFolderSource
     from datamodules.classification.splits import LongTail
+    from datamodules.classification.table import TableSource, write_table
+    from datamodules.classification.torchvision_sets import TorchvisionSource
     from datamodules.draw_request import DrawRequest
     from datamodules.generated import GeneratedLesionsDataModule, draw_lesions
     from datamodules.label_noise import LabelNoise, transition_matrix
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from datamodules.segmentation.isic2018 import ISIC2018DataModule
     from datamodules.segmentation.pairs import LabelledArrays, Pair
     from datamodules.segmentation.ph2 import PH2DataModule
+    from datamodules.selection import embed, in_domain, retrieve
     from datamodules.semi_supervised import SemiSupervisedDataModule
     from datamodules.synthetic_images import SyntheticImages
     from datamodules.transforms import SwapHorizontalFlip, default_train_transform
@@ -44,8 +48,10 @@ __all__ = [
     "DrawRequest",
     "EvalSampler",
     "FolderSegmentationDataModule",
+    "FolderSource",
     "GeneratedLesionsDataModule",
     "ISIC2018DataModule",
+    "ImageNetSource",
     "ImageSource",
     "LabelNoise",
     "LabelledArrays",
@@ -60,19 +66,29 @@ __all__ = [
     "SemiSupervisedDataModule",
     "SwapHorizontalFlip",
     "SyntheticImages",
+    "TableSource",
+    "TorchvisionSource",
     "TrainSampler",
+    "TwoFolderSource",
     "WorkerViews",
     "default_train_transform",
     "draw_lesions",
+    "embed",
+    "in_domain",
     "labelled_subset",
+    "retrieve",
     "stratified_order",
     "transition_matrix",
+    "write_table",
 ]
 
 _MODULES = {
     "datamodules.classification.arrays": ("ArraySource", "DigitsSource"),
     "datamodules.classification.contents": ("Contents", "ImageSource"),
+    "datamodules.classification.folders": ("FolderSource", "ImageNetSource", "TwoFolderSource"),
     "datamodules.classification.splits": ("LongTail",),
+    "datamodules.classification.table": ("TableSource", "write_table"),
+    "datamodules.classification.torchvision_sets": ("TorchvisionSource",),
     "datamodules.draw_request": ("DrawRequest",),
     "datamodules.generated": ("GeneratedLesionsDataModule", "draw_lesions"),
     "datamodules.label_noise": ("LabelNoise", "transition_matrix"),
@@ -87,6 +103,7 @@ _MODULES = {
     "datamodules.segmentation.isic2018": ("ISIC2018DataModule",),
     "datamodules.segmentation.pairs": ("LabelledArrays", "Pair"),
     "datamodules.segmentation.ph2": ("PH2DataModule",),
+    "datamodules.selection": ("embed", "in_domain", "retrieve"),
     "datamodules.semi_supervised": ("SemiSupervisedDataModule",),
     "datamodules.synthetic_images": ("SyntheticImages",),
     "datamodules.transforms": ("SwapHorizontalFlip", "default_train_transform"),

@@ -258,6 +258,10 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
         """
         self.source.check()
 
+    def prepare_data(self) -> None:
+        """Download what the source lacks, if it is told to."""
+        self.source.prepare()
+
     def setup(self, stage: str = "fit") -> None:
         """Find, check and decode the images once, and choose the labelled ones.
 

@@ -76,6 +76,10 @@ class ImageSource(ABC):
         # Classes are where images are: a missing root shows here.
         _ = self.class_names
 
+    def prepare(self) -> None:
+        """Download what is missing, if that is wanted; called once a machine, before anything is read."""
+        return
+
     @abstractmethod
     def read(self) -> Contents:
         """List all images, decoding none.
