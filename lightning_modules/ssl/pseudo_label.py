@@ -28,4 +28,4 @@ class PseudoLabel(WeakToStrong):
     ramp = Ramp(weight=1.0, until=0.4, shape="linear")
 
     def __init__(self, threshold: float = 0.95) -> None:
-        super().__init__(FixedThreshold(threshold))
+        super().__init__(FixedThreshold(threshold), student="weak")

@@ -1,5 +1,7 @@
 """Learning from confident predictions of weak views: what FixMatch and its relatives have in common."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,7 @@ class WeakToStrong(Method):
     """Lu = mean_b weight(q_b) * H(sharpen(q_b, T), p(s(u_b))), q = align(p(w(u))) without gradient.
 
     The pseudo-labels are those of the network that is trained. One forward of all views, so that BatchNorm sees all of
-    them together; the mean is over the whole unlabelled batch, images of weight 0 included. The student's view is the
-    last one of `views.unlabeled`; with a single one, pseudo-labels and student share it.
+    them together; the mean is over the whole unlabelled batch, images of weight 0 included.
 
     Methods are this class with other parts, and a class of their own only for what has no part:
 
@@ -27,7 +28,7 @@ class WeakToStrong(Method):
         temperature: T >= 0 of the targets; 0 makes them hard, 1 leaves them as they are.
         alignment: Distribution alignment of the predictions; None is none.
         align_target: Whether targets are made of aligned predictions too; otherwise only the weights are.
-        views: The views; None takes a weak and a strong one, with an index if the threshold needs it.
+        student: View that is learnt from; with "weak" it is the pseudo-label's own.
 
     Raises:
         ValueError: An argument is out of range.
@@ -41,17 +42,18 @@ class WeakToStrong(Method):
         temperature: float = 0.0,
         alignment: Alignment | None = None,
         align_target: bool = True,
-        views: Views | None = None,
+        student: Literal["strong", "weak"] = "strong",
     ) -> None:
         super().__init__()
         self.threshold = threshold
         self.temperature = at_least_zero("temperature", temperature)
         self.alignment = alignment
         self.align_target = align_target
-        if views is not None:
-            self.views = views
-        if threshold.needs_index and not self.views.index:
-            self.views = Views(self.views.labeled, self.views.unlabeled, index=True)
+        if student not in ("strong", "weak"):
+            msg = f"Expected `student` to be strong or weak, got {student!r}."
+            raise ValueError(msg)
+        unlabeled = ("weak", "strong") if student == "strong" else ("weak",)
+        self.views = Views(self.views.labeled, unlabeled, index=threshold.needs_index)
 
     def setup(self, m: Host) -> None:
         """Build what threshold and alignment remember."""

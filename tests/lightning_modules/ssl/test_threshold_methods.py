@@ -179,7 +179,7 @@ def test_pseudo_label_has_the_gradient_of_p_minus_onehot() -> None:
     assert float(loss.unsup) == pytest.approx(-W.softmax(-1).amax(-1).log().mean().item(), rel=1e-4)
     (gradient,) = torch.autograd.grad(torch.as_tensor(loss.unsup), weak)
     torch.testing.assert_close(gradient, (W.softmax(-1) - F.one_hot(W.argmax(-1), 3)) / 4)
-    assert method.views.unlabeled == ("weak",)
+    assert method.views == PseudoLabel.views
 
 
 def test_pseudo_label_leaves_unsure_images_out() -> None:
@@ -394,8 +394,16 @@ def test_one_joint_forward_moves_the_statistics(make: Callable[[], Method]) -> N
     assert m.method.batch_norm == "joint"
 
 
+@pytest.mark.parametrize("kind", [FixMatch, UDA, FlexMatch, FreeMatch, SoftMatch, Dash, AdaMatch, PseudoLabel])
+def test_views_are_those_that_the_class_states(kind: Callable[[], WeakToStrong]) -> None:
+    method = kind()
+    assert method.views == type(method).views
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="`annealing`"):
         UDA(annealing="cubic")  # type: ignore[arg-type]  # on purpose
     with pytest.raises(ValueError, match="`temperature`"):
         UDA(temperature=-1)
+    with pytest.raises(ValueError, match="`student`"):
+        WeakToStrong(FixedThreshold(), student="hard")  # type: ignore[arg-type]  # on purpose
