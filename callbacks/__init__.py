@@ -7,35 +7,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from callbacks.confusion_matrix import ConfusionMatrix
     from callbacks.image_grid import DenoisingGrid, SegmentationGrid
     from callbacks.mask_writer import MaskWriter
     from callbacks.metrics_report import MetricsReport, print_metrics_table
+    from callbacks.pseudo_label_grid import PseudoLabelGrid
     from callbacks.reliability_diagram import ReliabilityDiagram
     from callbacks.stage_transition import StageTransition
     from callbacks.synthetic_image_writer import SyntheticImageWriter
     from callbacks.uncertainty_grid import UncertaintyGrid
+    from callbacks.view_grid import ViewGrid
 
 __all__ = [
+    "ConfusionMatrix",
     "DenoisingGrid",
     "MaskWriter",
     "MetricsReport",
+    "PseudoLabelGrid",
     "ReliabilityDiagram",
     "SegmentationGrid",
     "StageTransition",
     "SyntheticImageWriter",
     "UncertaintyGrid",
+    "ViewGrid",
     "print_metrics_table",
 ]
 
 _HOMES = {
+    "ConfusionMatrix": "callbacks.confusion_matrix",
     "DenoisingGrid": "callbacks.image_grid",
     "MaskWriter": "callbacks.mask_writer",
     "MetricsReport": "callbacks.metrics_report",
+    "PseudoLabelGrid": "callbacks.pseudo_label_grid",
     "ReliabilityDiagram": "callbacks.reliability_diagram",
     "SegmentationGrid": "callbacks.image_grid",
     "StageTransition": "callbacks.stage_transition",
     "SyntheticImageWriter": "callbacks.synthetic_image_writer",
     "UncertaintyGrid": "callbacks.uncertainty_grid",
+    "ViewGrid": "callbacks.view_grid",
     "print_metrics_table": "callbacks.metrics_report",
 }
 

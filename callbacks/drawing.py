@@ -29,7 +29,7 @@ _HEAT: tuple[Color, ...] = (
 )
 _GAP = 4
 _HEADER = 24
-_PAPER = 24
+PAPER = 24
 _FONT_SIZE = 13
 
 
@@ -175,7 +175,7 @@ def color_bar(width: int, top: float, text: str) -> Pixels:
         [height, width, 3].
     """
     inner = width - 2 * _GAP
-    paper = np.full((3 * _HEADER, width, 3), _PAPER, np.uint8)
+    paper = np.full((3 * _HEADER, width, 3), PAPER, np.uint8)
     paper[_HEADER : 2 * _HEADER, _GAP : _GAP + inner] = heat(torch.linspace(0, 1, inner).expand(_HEADER, -1), 1.0)
     picture = Image.fromarray(paper)
     draw = ImageDraw.Draw(picture)
@@ -192,7 +192,7 @@ def captioned(image: Pixels, text: str) -> Pixels:
 
     Args:
         image: [H, W, 3].
-        text: What to write, one line.
+        text: What to write, one line; its end is cut off where the image ends.
 
     Returns:
         A new [H, W, 3].
@@ -202,6 +202,25 @@ def captioned(image: Pixels, text: str) -> Pixels:
     width, top = draw.textlength(text, _font()), picture.height - _FONT_SIZE
     draw.rectangle((0, top - 4, width + 6, picture.height), fill=(0, 0, 0))
     _write(draw, 3, top - 3, text)
+    return np.asarray(picture)
+
+
+def with_lines_below(image: Pixels, lines: Sequence[str]) -> Pixels:
+    """Write below an image, which stays whole.
+
+    Args:
+        image: [H, W, 3].
+        lines: What to write; a line that is longer than the image loses its end.
+
+    Returns:
+        A new [H + 16 a line, W, 3].
+    """
+    step = _FONT_SIZE + 3
+    strip = np.full((step * len(lines), image.shape[1], 3), PAPER, np.uint8)
+    picture = Image.fromarray(np.concatenate([image, strip]))
+    draw = ImageDraw.Draw(picture)
+    for i, line in enumerate(lines):
+        _write(draw, 2, len(image) + i * step, line)
     return np.asarray(picture)
 
 
@@ -216,7 +235,7 @@ def sheet(headers: Sequence[str], rows: Sequence[Sequence[Pixels]]) -> Pixels:
         [height, width, 3].
     """
     height, width = (n + _GAP for n in rows[0][0].shape[:2])
-    paper = np.full((_HEADER + len(rows) * height, len(headers) * width + _GAP, 3), _PAPER, np.uint8)
+    paper = np.full((_HEADER + len(rows) * height, len(headers) * width + _GAP, 3), PAPER, np.uint8)
     for i, row in enumerate(rows):
         for j, cell in enumerate(row):
             top, left = _HEADER + i * height, _GAP + j * width

@@ -138,12 +138,12 @@ def lacks_method(pl_module: pl.LightningModule, method: str, callback: type) -> 
     )
 
 
-def class_names(trainer: pl.Trainer, num_classes: int) -> list[str]:
-    """The names of the classes as the datamodule has them; their numbers where it has none.
+def class_name(trainer: pl.Trainer, number: int) -> str:
+    """The name of a class as the datamodule's `class_names` has it; its number where there is none.
 
     Args:
         trainer: The trainer.
-        num_classes: How many there are.
+        number: Number of the class, from 0.
     """
-    names = [str(name) for name in getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()]
-    return names if len(names) == num_classes else [str(k) for k in range(num_classes)]
+    names = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
+    return str(names[number]) if 0 <= number < len(names) else str(number)
