@@ -13,6 +13,11 @@ from lightning_modules.ssl.mean_teacher import MeanTeacher
 from lightning_modules.ssl.pi_model import PiModel
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 class Statistics(nn.Module):
     """The running statistics of a network after a forward of these images, from where they are now."""
 
@@ -160,6 +165,8 @@ def test_adversarial_training_mixes_the_two_losses() -> None:
     loss = host.method.loss(host, labeled, {})
     assert float(loss.sup) == pytest.approx(float(expected), rel=1e-5)
     assert loss.unsup == 0.0
+    host.network.eval()
+    _, r = AdversarialTraining(epsilon=0.01).attack(host.network, labeled["image"], labeled["label"])
     clean, attacked = (float(ce(host.network(labeled["image"] + k * r), labeled["label"])) for k in (0, 1))
     assert attacked > clean
 

@@ -12,6 +12,11 @@ from lightning_modules.ssl.mixing import one_hot
 from lightning_modules.ssl.supervised import Supervised
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 def probes(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ops = torch.randint(0, 19, (size, 2), generator=generator)

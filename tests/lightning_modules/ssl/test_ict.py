@@ -13,6 +13,11 @@ from lightning_modules.ssl.ict import ICT
 from lightning_modules.ssl.parts import beta_samples, mix
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 def test_without_mixing_it_is_mean_teacher_on_one_view() -> None:
     host = ToyHost(ICT(alpha=0.0))
     labeled, unlabeled = toy_batch(host)

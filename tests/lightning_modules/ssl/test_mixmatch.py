@@ -14,6 +14,11 @@ from lightning_modules.ssl.mixmatch import MixMatch
 from lightning_modules.ssl.parts import beta_samples, sharpen, soft_cross_entropy
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize(("alpha", "mean"), [(0.5, 0.818), (0.75, 0.778), (1.0, 0.750), (4.0, 0.637)])
 def test_the_larger_lambda_has_the_expected_mean(alpha: float, mean: float) -> None:
     torch.manual_seed(0)

@@ -14,6 +14,11 @@ from lightning_modules.ssl.remixmatch import ReMixMatch, rotated
 from lightning_modules.ssl_data import LearnsAugmentation
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 def cross_entropies(logits: Tensor, target: Tensor) -> list[float]:
     """-sum target log softmax of each row, in plain Python."""
     found = []

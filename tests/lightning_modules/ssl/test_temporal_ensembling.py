@@ -10,6 +10,11 @@ from torch import Tensor
 from lightning_modules.ssl.temporal_ensembling import TemporalEnsembling
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 class Fixed(torch.nn.Module):
     """A network whose predictions are the images: logits are the logarithms of pixels."""
 
