@@ -100,9 +100,10 @@ class DivideMix(Method):
     decay 5e-4; mu 0, 25, 50 or 150 by the amount of noise. `warmup_epochs` 10 (CIFAR-100: 30).
 
     What deviates: a batch is divided after it is drawn, instead of drawing from two loaders, so its clean and noisy
-    parts vary in size, and each loss is the mean of its part. Networks guess in evaluation mode and before either has
-    learnt the batch. The networks alternate batch by batch, not epoch by epoch. Of each class `min_clean` images are
-    always taken as clean, as a split can be empty otherwise.
+    parts vary in size, and each loss is its part's sum over the size of the whole batch. Networks guess in evaluation
+    mode and before either has learnt the batch. The networks alternate batch by batch, not epoch by epoch. Of each
+    class `min_clean` images are always taken as clean, as a split can be empty otherwise. With batches well below 64
+    or rates above 0.02 a weight of 25 can collapse to one class; lower mu or the rate then.
 
     Args:
         warmup_epochs: Epochs of plain cross-entropy.
@@ -282,8 +283,9 @@ class DivideMix(Method):
         mixed = mix(target, target[order], lam)
         probabilities = logits.softmax(-1)
         trusted, other = clean.float(), 1 - clean.float()
-        lx = (trusted * soft_cross_entropy(logits, mixed)).sum() / trusted.sum().clamp_min(1)
-        lu = (other * squared_error(probabilities, mixed)).sum() / other.sum().clamp_min(1)
+        # Over the whole batch: as a mean of its part, one image that is alone in it would weigh as much as all others.
+        lx = (trusted * soft_cross_entropy(logits, mixed)).mean()
+        lu = (other * squared_error(probabilities, mixed)).mean()
         return Loss(
             sup=lx,
             unsup=self.growth(m) * lu,
