@@ -23,13 +23,13 @@ from jobs import Job, run_all
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ssl"
-NOT_METHODS = ("base",)
+# What a method on other data is compared with.
+BASELINES = {"dividemix": "supervised_noisy"}
 
 
 def names() -> list[str]:
-    """The methods that have a config, the labels alone first."""
-    found = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in NOT_METHODS)
-    return ["supervised", *(name for name in found if name != "supervised")]
+    """The methods that have a config."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def job(root: Path, overlay: Path | None, method: str, seed: int) -> Job:
@@ -56,11 +56,16 @@ def measured(place: Path) -> dict[str, float]:
     return metrics
 
 
-def row(method: str, runs: Sequence[dict[str, float]], baseline: Sequence[dict[str, float]]) -> str:
+def baseline(method: str) -> str:
+    """The run that a method is compared with."""
+    return BASELINES.get(method, "supervised")
+
+
+def row(method: str, runs: Sequence[dict[str, float]], alone: Sequence[dict[str, float]]) -> str:
     """One line of the table."""
     accuracy = [100 * run["test_accuracy"] for run in runs]
     student = [100 * run.get("test_accuracy_student", run["test_accuracy"]) for run in runs]
-    pairs = [a - 100 * b["test_accuracy"] for a, b in zip(accuracy, baseline, strict=True)]
+    pairs = [a - 100 * b["test_accuracy"] for a, b in zip(accuracy, alone, strict=True)]
     seconds = [run["train_seconds_per_step"] for run in runs]
     cells = [method, _spread(accuracy), _spread(pairs, sign=True), _spread(student), f"{1000 * mean(seconds):.0f}"]
     return "| " + " | ".join(cells) + " |"
@@ -79,7 +84,7 @@ def table(results: dict[tuple[str, int], dict[str, float]], methods: Sequence[st
         "| method | test accuracy, % | minus supervised, in pairs | student | ms a step |",
         "|---|---|---|---|---|",
     ]
-    return "\n".join([*head, *(row(method, runs[method], runs["supervised"]) for method in order)])
+    return "\n".join([*head, *(row(method, runs[method], runs[baseline(method)]) for method in order)])
 
 
 def main() -> None:
@@ -92,11 +97,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     args = parser.parse_args()
     root = args.runs or Path("runs") / "ssl_methods" / (args.overlay.stem if args.overlay else "digits")
-    methods = ["supervised", *(method for method in args.methods if method != "supervised")]
-    # Supervised first: it is a stage of others, which skip it when it is finished.
+    # Baselines first: they are stages of others, which skip them when they are finished.
+    first = sorted({baseline(method) for method in args.methods})
+    methods = [*first, *(method for method in args.methods if method not in first)]
     jobs = {(method, seed): job(root, args.overlay, method, seed) for method in methods for seed in args.seeds}
-    run_all([jobs["supervised", seed] for seed in args.seeds], args.jobs)
-    run_all([jobs[case] for case in jobs if case[0] != "supervised"], args.jobs)
+    run_all([jobs[case] for case in jobs if case[0] in first], args.jobs)
+    run_all([jobs[case] for case in jobs if case[0] not in first], args.jobs)
     results = {case: measured(job.place) for case, job in jobs.items()}
     print(table(results, methods, args.seeds))
 

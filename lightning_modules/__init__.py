@@ -13,17 +13,120 @@ if TYPE_CHECKING:
     from lightning_modules.hybrid_segmentation import HybridSegmentation as HybridSegmentation
     from lightning_modules.ledm_segmentation import LEDMSegmentation as LEDMSegmentation
     from lightning_modules.networks.adm_unet import ADMUNet as ADMUNet
+    from lightning_modules.networks.timm_classifier import TimmClassifier as TimmClassifier
+    from lightning_modules.networks.wide_resnet import WideResNet as WideResNet
+    from lightning_modules.ssl.adamatch import AdaMatch as AdaMatch
+    from lightning_modules.ssl.adversarial_training import AdversarialTraining as AdversarialTraining
+    from lightning_modules.ssl.base import Method as Method
+    from lightning_modules.ssl.comatch import CoMatch as CoMatch
+    from lightning_modules.ssl.curriculum_labeling import CurriculumLabeling as CurriculumLabeling
+    from lightning_modules.ssl.dash import Dash as Dash
+    from lightning_modules.ssl.distillation import Distillation as Distillation
+    from lightning_modules.ssl.dividemix import DivideMix as DivideMix
+    from lightning_modules.ssl.fixmatch import FixMatch as FixMatch
+    from lightning_modules.ssl.flexmatch import FlexMatch as FlexMatch
+    from lightning_modules.ssl.freematch import FreeMatch as FreeMatch
+    from lightning_modules.ssl.ict import ICT as ICT
+    from lightning_modules.ssl.label_propagation import LabelPropagation as LabelPropagation
+    from lightning_modules.ssl.mean_teacher import MeanTeacher as MeanTeacher
+    from lightning_modules.ssl.meta_pseudo_labels import MetaPseudoLabels as MetaPseudoLabels
+    from lightning_modules.ssl.mixmatch import MixMatch as MixMatch
+    from lightning_modules.ssl.noisy_student import NoisyStudent as NoisyStudent
+    from lightning_modules.ssl.pi_model import PiModel as PiModel
+    from lightning_modules.ssl.pseudo_label import PseudoLabel as PseudoLabel
+    from lightning_modules.ssl.ramps import Ramp as Ramp
+    from lightning_modules.ssl.remixmatch import ReMixMatch as ReMixMatch
+    from lightning_modules.ssl.schedules import CosineDecay as CosineDecay
+    from lightning_modules.ssl.simmatch import SimMatch as SimMatch
+    from lightning_modules.ssl.soft_pseudo_labels import SoftPseudoLabels as SoftPseudoLabels
+    from lightning_modules.ssl.softmatch import SoftMatch as SoftMatch
+    from lightning_modules.ssl.supervised import Supervised as Supervised
+    from lightning_modules.ssl.temporal_ensembling import TemporalEnsembling as TemporalEnsembling
+    from lightning_modules.ssl.uda import UDA as UDA
+    from lightning_modules.ssl.vat import VAT as VAT
+    from lightning_modules.ssl_classifier import SSLClassifier as SSLClassifier
 
 _HOMES = {
     "ADMUNet": "lightning_modules.networks.adm_unet",
+    "AdaMatch": "lightning_modules.ssl.adamatch",
+    "AdversarialTraining": "lightning_modules.ssl.adversarial_training",
+    "CoMatch": "lightning_modules.ssl.comatch",
+    "CosineDecay": "lightning_modules.ssl.schedules",
+    "CurriculumLabeling": "lightning_modules.ssl.curriculum_labeling",
+    "Dash": "lightning_modules.ssl.dash",
+    "Distillation": "lightning_modules.ssl.distillation",
+    "DivideMix": "lightning_modules.ssl.dividemix",
     "EDMProcess": "lightning_modules.diffusion.noise",
+    "FixMatch": "lightning_modules.ssl.fixmatch",
+    "FlexMatch": "lightning_modules.ssl.flexmatch",
+    "FreeMatch": "lightning_modules.ssl.freematch",
     "HybridSegmentation": "lightning_modules.hybrid_segmentation",
+    "ICT": "lightning_modules.ssl.ict",
     "LEDMSegmentation": "lightning_modules.ledm_segmentation",
+    "LabelPropagation": "lightning_modules.ssl.label_propagation",
+    "MeanTeacher": "lightning_modules.ssl.mean_teacher",
+    "MetaPseudoLabels": "lightning_modules.ssl.meta_pseudo_labels",
+    "Method": "lightning_modules.ssl.base",
+    "MixMatch": "lightning_modules.ssl.mixmatch",
+    "NoisyStudent": "lightning_modules.ssl.noisy_student",
+    "PiModel": "lightning_modules.ssl.pi_model",
+    "PseudoLabel": "lightning_modules.ssl.pseudo_label",
+    "Ramp": "lightning_modules.ssl.ramps",
+    "ReMixMatch": "lightning_modules.ssl.remixmatch",
+    "SSLClassifier": "lightning_modules.ssl_classifier",
+    "SimMatch": "lightning_modules.ssl.simmatch",
+    "SoftMatch": "lightning_modules.ssl.softmatch",
+    "SoftPseudoLabels": "lightning_modules.ssl.soft_pseudo_labels",
+    "Supervised": "lightning_modules.ssl.supervised",
+    "TemporalEnsembling": "lightning_modules.ssl.temporal_ensembling",
+    "TimmClassifier": "lightning_modules.networks.timm_classifier",
+    "UDA": "lightning_modules.ssl.uda",
+    "VAT": "lightning_modules.ssl.vat",
     "VPProcess": "lightning_modules.diffusion.noise",
+    "WideResNet": "lightning_modules.networks.wide_resnet",
     "export_checkpoint": "lightning_modules.export",
 }
 
-__all__ = ["ADMUNet", "EDMProcess", "HybridSegmentation", "LEDMSegmentation", "VPProcess", "export_checkpoint"]
+__all__ = [
+    "ADMUNet",
+    "AdaMatch",
+    "AdversarialTraining",
+    "CoMatch",
+    "CosineDecay",
+    "CurriculumLabeling",
+    "Dash",
+    "Distillation",
+    "DivideMix",
+    "EDMProcess",
+    "FixMatch",
+    "FlexMatch",
+    "FreeMatch",
+    "HybridSegmentation",
+    "ICT",
+    "LEDMSegmentation",
+    "LabelPropagation",
+    "MeanTeacher",
+    "MetaPseudoLabels",
+    "Method",
+    "MixMatch",
+    "NoisyStudent",
+    "PiModel",
+    "PseudoLabel",
+    "Ramp",
+    "ReMixMatch",
+    "SSLClassifier",
+    "SimMatch",
+    "SoftMatch",
+    "SoftPseudoLabels",
+    "Supervised",
+    "TemporalEnsembling",
+    "TimmClassifier",
+    "UDA",
+    "VAT",
+    "VPProcess",
+    "WideResNet",
+    "export_checkpoint",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -334,10 +334,11 @@ class FewlightCLI(LightningCLI):
         """A checkpoint that the model starts from must be there, or be what a stage is going to write."""
         to_come = {run_dir / stages.LAST for run_dir in self._run_dirs}
         for key, value in self.settings.items():
-            if key.startswith("model.") and key.endswith(".init_from") and isinstance(value, str):
+            name = key.rpartition(".")[2]
+            if key.startswith("model.") and name in {"init_from", "teacher_from"} and isinstance(value, str):
                 path = Path(value).expanduser()
                 if path not in to_come or self._is_dry:
-                    load_checkpoint(path, "init_from")
+                    load_checkpoint(path, name)
 
     def _fit_and_test(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=self._ckpt_path, weights_only=True)

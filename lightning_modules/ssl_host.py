@@ -24,6 +24,7 @@ class SSLHost(BaseModule):
         optimizer: See SSLClassifier.
         lr_scheduler: See SSLClassifier.
         ema_decay: See SSLClassifier.
+        init_from: See SSLClassifier.
     """
 
     num_classes: int
@@ -35,8 +36,10 @@ class SSLHost(BaseModule):
         optimizer: OptimizerCallable | None,
         lr_scheduler: LRSchedulerCallable | None,
         ema_decay: float,
+        init_from: str | None,
     ) -> None:
         super().__init__(network, optimizer, lr_scheduler, ema_decay)
+        self.init_from = init_from
         self.method = method
         self._sizes: dict[str, int] | None = None
         self._goes_on = False
@@ -220,6 +223,9 @@ class SSLHost(BaseModule):
         """Let the method begin a new fit, and draw from what it selects."""
         super().on_fit_start()
         if not self._goes_on:
+            if self.init_from is not None:
+                self.load_trained(self.network, self.init_from, "init_from")
+                self.reset_ema()
             self.method.fit_start(self)
         self._select()
 
