@@ -114,6 +114,20 @@ def test_labelled_images_are_remembered_with_their_labels() -> None:
     assert not method.queue_embeddings.requires_grad
 
 
+def test_predictions_are_remembered_before_they_are_smoothed() -> None:
+    m, method = made(queue=18, alpha=0.1, align_queue=1)
+    m.network.eval()
+    labeled, unlabeled = toy_batch(m)
+    p = m.network(unlabeled["weak"]).softmax(-1)
+    aligned = p / p.mean(0)
+    aligned = aligned / aligned.sum(-1, keepdim=True)
+    for _ in range(2):  # smoothed in the second
+        loss = method.loss(m, labeled, unlabeled)
+        torch.testing.assert_close(method.queue_probabilities[:12], aligned, rtol=1e-4, atol=1e-5)
+    assert loss.guess is not None
+    assert not torch.allclose(loss.guess.confidence, aligned.amax(-1), atol=1e-3)
+
+
 def test_the_projector_is_trained_by_the_contrast() -> None:
     m, method = made(threshold=1.1)
     loss = method.loss(m, *toy_batch(m))

@@ -210,17 +210,19 @@ def test_freematch_at_first_takes_images_surer_than_chance() -> None:
 
 def test_softmatch_aligns_weights_but_not_labels() -> None:
     method = SoftMatch(decay=0.0)
-    loss = value(method)
-    assert loss.guess is not None
-    assert loss.guess.label.tolist() == W.argmax(-1).tolist()
-    p = W.softmax(-1)
+    weak = probabilities_to_logits([0.9, 0.05, 0.05], [0.8, 0.1, 0.1], [0.5, 0.4, 0.1], [0.9, 0.02, 0.08])
+    loss = value(method, weak=weak, strong=S)
+    p = weak.softmax(-1)
     aligned = p / p.mean(0)
     aligned = aligned / aligned.sum(-1, keepdim=True)
+    assert loss.guess is not None
+    assert loss.guess.label.tolist() == [0, 0, 0, 0]
+    assert aligned.argmax(-1).tolist() != [0, 0, 0, 0]
     confidence = aligned.amax(-1)
     below = (confidence - confidence.mean()).clamp_max(0)
     weight = (-(below**2) * 2 / confidence.var()).exp()
     torch.testing.assert_close(loss.guess.weight, weight, rtol=1e-3, atol=1e-4)
-    expected = (weight * F.cross_entropy(S, W.argmax(-1), reduction="none")).mean()
+    expected = (weight * F.cross_entropy(S, weak.argmax(-1), reduction="none")).mean()
     assert float(loss.unsup) == pytest.approx(expected.item(), rel=1e-3)
     assert "alignment.means" not in SoftMatch(align=False).state_dict()
     assert SoftMatch(align=False).alignment is None
