@@ -97,8 +97,8 @@ def retrieve(
 ) -> Retrieved:
     """Find the images of a bank that are most similar to one's own, as SentAugment does for sentences.
 
-    Du et al. 2021, arXiv 2010.02194. Similarity is the cosine. The search is exact: chunks of the bank are compared with all queries, on the device of
-    the embeddings.
+    Du et al. 2021, arXiv 2010.02194. Similarity is the cosine. The search is exact: chunks of the bank are compared
+    with all queries, on the device of the embeddings.
 
     Args:
         query_embeddings: Embeddings of one's own images [Q, D].

@@ -1,7 +1,7 @@
 """Images that are in memory already: arrays, and the digits that come with scikit-learn."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -102,20 +102,21 @@ class DigitsSource(ImageSource):
         return tuple("0123456789")
 
     def read(self) -> Contents:
-        """Return training digits, then test digits."""
-        return self._contents
+        """Return all digits."""
+        return _digits()
 
-    @cached_property
-    def _contents(self) -> Contents:
-        # Imported here: scikit-learn takes a second, and other sources do without.
-        from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        labels = digits.target.astype(np.int64)
-        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-        tested = set(stratified_order([str(label) for label in labels], seed=0)[:_DIGITS_TEST])
-        roles: list[Role] = ["test" if row in tested else "train" for row in range(len(labels))]
-        return Contents([f"digits/{row:04d}" for row in range(len(labels))], labels, roles, None, images)
+@cache
+def _digits() -> Contents:
+    # Imported here: scikit-learn takes a second, and other sources do without.
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    labels = digits.target.astype(np.int64)
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    tested = set(stratified_order([str(label) for label in labels], seed=0)[:_DIGITS_TEST])
+    roles: list[Role] = ["test" if row in tested else "train" for row in range(len(labels))]
+    return Contents([f"digits/{row:04d}" for row in range(len(labels))], labels, roles, None, images)
 
 
 def as_uint8(name: str, images: npt.NDArray[np.generic]) -> UInt8Array:

@@ -170,8 +170,7 @@ def resize(images: UInt8Array, size: int) -> Tensor:
         size: Side of the result in pixels.
 
     Returns:
-        uint8 tensor [N, C, size, size]: the short side resized (bilinear with antialiasing), the long side cropped
-        to the middle.
+        uint8 tensor [N, C, size, size]: the square in the middle, resized (bilinear with antialiasing).
     """
     tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     height, width = tensor.shape[2:]
