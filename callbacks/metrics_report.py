@@ -2,34 +2,79 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.trainer.states import TrainerFn
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from datamodules.atomic import write_json_atomically
 
 Scalar = bool | int | float | str
+_CLASS_METRIC = re.compile(r".+/\d+")
+_MOST_CLASSES = 20
 
 
-def print_metrics_table(runs: Mapping[str, Mapping[str, float]], console: Console | None = None) -> None:
-    """Print one table: a row for each metric, a column for each run.
+def print_metrics_table(
+    runs: Mapping[str, Mapping[str, float]], console: Console | None = None, class_names: Sequence[str] = ()
+) -> None:
+    """Print a row for each metric and a column for each run; then a row for each class, where metrics are of classes.
+
+    Metrics of one class are called `<metric>/<number of the class>`. With more than 20 classes they are left out, and
+    a line says how many there are.
 
     Args:
         runs: Name of a run -> name of a metric -> its value. A metric that a run lacks is shown as "-".
         console: Where to print; standard output by default.
+        class_names: Names of the classes; by default their numbers.
     """
+    console = console or Console()
+    names = list(dict.fromkeys(metric for values in runs.values() for metric in values))
+    of_classes = [name for name in names if _CLASS_METRIC.fullmatch(name)]
     table = Table()
     table.add_column("metric", overflow="fold")
     for name in runs:
         table.add_column(name, justify="right", overflow="fold")
-    for metric in dict.fromkeys(metric for values in runs.values() for metric in values):
-        table.add_row(metric, *(f"{v[metric]:.4f}" if metric in v else "-" for v in runs.values()))
-    console = console or Console()
+    for metric in names:
+        if metric not in of_classes:
+            table.add_row(metric, *(_cell(values, metric) for values in runs.values()))
+    _print(table, console)
+    if of_classes:
+        _print_classes(runs, of_classes, class_names, console)
+
+
+def _print_classes(
+    runs: Mapping[str, Mapping[str, float]], names: Sequence[str], class_names: Sequence[str], console: Console
+) -> None:
+    """Print a row for each class and a column for each of its metrics in each run."""
+    metrics = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
+    classes = sorted({int(name.rpartition("/")[2]) for name in names})
+    if len(classes) > _MOST_CLASSES:
+        console.print(
+            f"{' and '.join(metrics)} of each of {len(classes)} classes: in the file of metrics and the logs."
+        )
+        return
+    columns = [(metric, run) for metric in metrics for run in runs]
+    table = Table()
+    table.add_column("class", overflow="fold")
+    for metric, run in columns:
+        table.add_column(metric if len(runs) == 1 else f"{metric}\n{run}", justify="right", overflow="fold")
+    for k in classes:
+        label = class_names[k] if k < len(class_names) else str(k)
+        table.add_row(escape(label), *(_cell(runs[run], f"{metric}/{k}") for metric, run in columns))
+    _print(table, console)
+
+
+def _cell(values: Mapping[str, float], metric: str) -> str:
+    return f"{values[metric]:.4f}" if metric in values else "-"
+
+
+def _print(table: Table, console: Console) -> None:
     if not console.is_terminal:  # a log file has no edge to wrap at
         unbounded = console.options.update(max_width=10_000)
         console.width = max(console.width, console.measure(table, options=unbounded).maximum)
@@ -39,8 +84,9 @@ def print_metrics_table(runs: Mapping[str, Mapping[str, float]], console: Consol
 class MetricsReport(pl.Callback):
     """Reports the metrics of `test`, and of `validate` when that is run by itself.
 
-    Prints one table in place of Lightning's own, merges the metrics into `metrics.json` in the log directory
-    (NaN becomes null) and gives them, with the hyper-parameters of the module, to TensorBoard's HParams tab.
+    Prints tables in place of Lightning's own (one of all metrics, one of those of single classes), merges the metrics
+    into `metrics.json` in the log directory (NaN becomes null) and gives them, with the hyper-parameters of the module,
+    to TensorBoard's HParams tab.
 
     Args:
         hyperparameters: More of them for the HParams tab, such as what describes the data.
@@ -120,7 +166,8 @@ class MetricsReport(pl.Callback):
         folder = trainer.log_dir
         if not trainer.is_global_zero or not metrics:
             return
-        print_metrics_table({**self.other_runs, self.run_name: metrics})
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
+        print_metrics_table({**self.other_runs, self.run_name: metrics}, class_names=[str(name) for name in names])
         self._log_hyperparameters(trainer, pl_module, metrics)
         if folder is not None:
             _merge(Path(folder) / self.file_name, metrics)

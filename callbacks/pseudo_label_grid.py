@@ -137,11 +137,11 @@ def draw_wrong(wrong: Mapping[str, Tensor], names: Mapping[int, str]) -> Pixels:
     cells = []
     numbers = (wrong[key].tolist() for key in ("label", "true_label", "score"))
     for image, label, true_label, score in zip(wrong["image"], *numbers, strict=True):
-        lines = [f"{names[label]} → {names[true_label]}", f"confidence {score:.4f}"]
+        lines = [f"guessed {names[label]} ({score:.4f})", f"is {names[true_label]}"]
         cells.append(with_lines_below(to_cell(image, _CELL), lines))
     cells += [np.full_like(cells[0], PAPER)] * (-len(cells) % _COLUMNS)
     rows = [cells[i : i + _COLUMNS] for i in range(0, len(cells), _COLUMNS)]
-    return sheet(["wrong pseudo-labels: guessed → true class", *[""] * (_COLUMNS - 1)], rows)
+    return sheet(["wrong pseudo-labels, the surest first (confidence)", *[""] * (_COLUMNS - 1)], rows)
 
 
 def _beaten(score: Tensor, index: Tensor) -> Tensor:

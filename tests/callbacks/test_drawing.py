@@ -17,6 +17,7 @@ from callbacks.drawing import (
     sheet,
     tint,
     to_pixels,
+    with_lines_below,
 )
 
 
@@ -92,6 +93,16 @@ def test_sheet_and_caption() -> None:
     assert (written == 255).any()
     assert (written[:20] == 11).all()
     assert (cells[1][1] == 11).all()
+
+
+def test_lines_below_leave_the_image_whole() -> None:
+    image = np.full((20, 60, 3), 70, np.uint8)
+    written = with_lines_below(image, ["one", "a line that is much too long for it"])
+    assert written.shape == (20 + 2 * 16, 60, 3)
+    assert (written[:20] == 70).all()
+    assert (written[20:36] == 255).any()
+    assert (written[36:] == 255).any()
+    assert not np.array_equal(written, with_lines_below(image, ["two", "a line that is much too long for it"]))
 
 
 def lightness(color: np.ndarray[Any, Any]) -> float:

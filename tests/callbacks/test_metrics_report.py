@@ -130,6 +130,44 @@ def test_columns_of_other_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
             report.add_run(taken, {})
 
 
+def printed(runs: dict[str, dict[str, float]], names: tuple[str, ...] = ()) -> list[list[str]]:
+    """The cells of each line of the tables; a line without a table is one cell."""
+    console = Console(width=200, record=True)
+    print_metrics_table(runs, console, names)
+    lines = [line.replace("┃", "│") for line in console.export_text().splitlines() if not set(line) & set("━─")]
+    return [[cell.strip() for cell in line.removeprefix("│").removesuffix("│").split("│")] for line in lines]
+
+
+def test_metrics_of_single_classes_have_a_table_of_their_own() -> None:
+    metrics = {"test_accuracy": 0.75, "test_recall/0": 0.5, "test_recall/2": 1.0, "test_f1": 0.25, "a/b": 0.125}
+    metrics |= {f"test_precision/{k}": k / 4 for k in range(3)}
+    assert printed({"value": metrics}, ("ant", "[bee]")) == [
+        ["metric", "value"],
+        ["test_accuracy", "0.7500"],
+        ["test_f1", "0.2500"],
+        ["a/b", "0.1250"],
+        ["class", "test_recall", "test_precision"],
+        ["ant", "0.5000", "0.0000"],
+        ["[bee]", "-", "0.2500"],
+        ["2", "1.0000", "0.5000"],
+    ]
+    two = printed({"one": metrics, "two": {"test_recall/1": 0.375}})
+    assert two[4:8] == [
+        ["", "test_recall", "test_recall", "test_precision", "test_precision"],
+        ["class", "one", "two", "one", "two"],
+        ["0", "0.5000", "-", "0.0000", "-"],
+        ["1", "-", "0.3750", "0.2500", "-"],
+    ]
+
+
+@pytest.mark.parametrize(("classes", "lines"), [(20, 22), (21, 2)])
+def test_many_classes_are_one_line(classes: int, lines: int) -> None:
+    found = printed({"value": {"test_f1": 0.5} | {f"test_recall/{k}": 0.5 for k in range(classes)}})
+    assert len(found) == 1 + lines
+    if classes > 20:
+        assert found[-1] == ["test_recall of each of 21 classes: in the file of metrics and the logs."]
+
+
 def test_wide_tables_do_not_wrap_in_a_log_file(capsys: pytest.CaptureFixture[str]) -> None:
     runs = {f"a run with a rather long name, number {i}": {"test_jaccard": i / 10} for i in range(6)}
     print_metrics_table(runs)

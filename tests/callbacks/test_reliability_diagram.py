@@ -142,6 +142,18 @@ def test_any_number_of_bins(bins: int) -> None:
     assert red + 30 < blue
 
 
+def test_what_was_counted_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bins = torch.tensor([0.2, 0.7]), torch.tensor([0.2, 0.7]), torch.tensor([3, 4])
+    pixels, images = draw_reliability(*bins, "title"), draw_reliability(*bins, "title", "images")
+    assert np.array_equal(pixels[:400], images[:400])
+    assert not np.array_equal(pixels[400:, :30], images[400:, :30])
+    module = Says()
+    module.counted = "images"  # type: ignore[assignment] # as SSLClassifier has it
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, ReliabilityDiagram()).validate(module, loader(label=255), verbose=False)
+    assert "the val data has no labelled images" in caplog.text
+
+
 def test_bins_that_cannot_be_drawn() -> None:
     with pytest.raises(ValueError, match=r"got shapes \(2,\), \(2,\) and \(1,\) and 3 pixels"):
         diagram([0.2, 0.7], [0.2, 0.7], [3])

@@ -5,20 +5,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from board import board_trainer, pictures
+from ssl_toy_data import ToyData
 from ssl_toys import ToyNet
 from tiny_nets import tiny_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from callbacks import ConfusionMatrix, PseudoLabelGrid, ReliabilityDiagram, ViewGrid
+from callbacks.confusion_matrix import draw_confusion
 from lightning_modules.ssl.base import Batch, Guess, Host, Loss, Method, Split, Views
+from lightning_modules.ssl.fixmatch import FixMatch
 from lightning_modules.ssl.supervised import Supervised
 from lightning_modules.ssl_classifier import SSLClassifier
 
 sgd = partial(torch.optim.SGD, lr=0.5)
 K = 3
+EVALUATED = (("val", [6, 12]), ("test", [12]))
 
 
 def _items(n: int, seed: int, **changes: Tensor) -> list[dict[str, Tensor]]:
@@ -251,3 +258,26 @@ def test_callbacks_hear_of_pseudo_labels_under_both_kinds_of_optimisation(turns:
     # One of the six is of class 1.
     assert results(trainer)["train_pseudo_label_accuracy"] == pytest.approx(1 / 6)
     assert results(trainer)["train_mask_rate/1"] == 1.0
+
+
+def test_the_pictures_of_a_fit(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = ToyData(steps=6)
+    module = SSLClassifier(ToyNet(2, 2), FixMatch(threshold=0.5), 2, optimizer=sgd, ema_decay=0.5)
+    drawn = [ConfusionMatrix(), ReliabilityDiagram(), ViewGrid(), PseudoLabelGrid(num_images=4)]
+    trainer = board_trainer(tmp_path, *drawn, max_epochs=2)
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    found = pictures(tmp_path)
+    assert {tag: list(steps) for tag, steps in found.items()} == {
+        "train/views": [0],
+        "train/wrong_pseudo_labels": [6, 12],
+        **{f"{split}/{name}": steps for name in ("confusion_matrix", "reliability") for split, steps in EVALUATED},
+    }
+    # Callbacks are asked before the module forgets.
+    counts = torch.zeros(2, 2, dtype=torch.long)
+    for batch in data.test_dataloader():
+        for label, guess in zip(batch["label"], module(batch["image"]).argmax(-1), strict=True):
+            counts[label, guess] += 1
+    expected = draw_confusion(counts, ToyData.class_names, "Test")
+    assert np.array_equal(found["test/confusion_matrix"][12], expected)
