@@ -203,9 +203,9 @@ def test_unreadable_images_are_reported_together(tmp_path: Path) -> None:
     assert data.num_labeled == 17
     levels = [level for level, _ in swept(data)]
     assert levels == [*range(1, 10), *(40 + number for number in (0, 1, 2, 5, 6, 7, 8, 9))]
-    # Their heads are fine: nobody knows before they are decoded.
     late = setup(source, on_bad_file="skip", max_bad_share=0.2, cache_megabytes=0)
-    with pytest.raises(ValueError, match=r"0\.png: .*decoded on access"):
+    (tmp_path / "cat" / "1.png").write_bytes(b"gone")
+    with pytest.raises(ValueError, match=r"1\.png: .*decoded on access"):
         swept(late)
 
 
