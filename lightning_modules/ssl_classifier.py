@@ -208,9 +208,13 @@ class SSLClassifier(SSLHost):
         """Let the method end its epoch, then log its numbers per class and how good its pseudo-labels were."""
         self.method.epoch_end(self)
         for name, values in self.method.per_class().items():
-            self.log_dict({f"train_{name}/{c}": value for c, value in enumerate(values.float())})
-        self.log_dict({f"train_{name}": value for name, value in self.guesses.summary(self.gather).items()})
+            self._log_agreed({f"train_{name}/{c}": value for c, value in enumerate(values.float())})
+        self._log_agreed({f"train_{name}": value for name, value in self.guesses.summary(self.gather).items()})
         self.guesses.reset()
+
+    def _log_agreed(self, values: Mapping[str, Tensor]) -> None:
+        """Log what is the same on every process, where Lightning would warn once a name that it may not be."""
+        self.log_dict(dict(values), sync_dist=True)
 
     # ---------------------------------------------------------------- evaluation
 
@@ -235,7 +239,7 @@ class SSLClassifier(SSLHost):
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics, and keep the predictor if it is the best so far."""
         found = self.val_metrics.compute()
-        self.log_dict(found, prog_bar=False)
+        self._log_agreed(found)
         accuracy = float(found.get("val_accuracy", -1.0))
         # Within a fit, `trainer.training` is False while it validates.
         fits = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
@@ -254,7 +258,7 @@ class SSLClassifier(SSLHost):
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
-        self.log_dict(self.test_metrics.compute())
+        self._log_agreed(self.test_metrics.compute())
         self.test_metrics.reset()
         self._best_predictor = []
 

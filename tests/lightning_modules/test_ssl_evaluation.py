@@ -281,3 +281,23 @@ def test_the_pictures_of_a_fit(tmp_path: Path) -> None:
             counts[label, guess] += 1
     expected = draw_confusion(counts, ToyData.class_names, "Test")
     assert np.array_equal(found["test/confusion_matrix"][12], expected)
+
+
+@pytest.mark.filterwarnings("error:.*sync_dist")
+def test_two_processes_report_what_one_reports(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = ToyData(steps=6)
+
+    def module() -> SSLClassifier:
+        return SSLClassifier(ToyNet(2, 2), Rises(), 2, optimizer=sgd, ema_decay=0.5)
+
+    trainer = tiny_trainer(tmp_path, max_epochs=3)
+    trainer.fit(module(), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    found = []
+    for processes in ({}, {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}):
+        trainer = tiny_trainer(tmp_path, **processes)
+        trainer.test(module(), datamodule=data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+        found.append(results(trainer))
+    assert "test_accuracy_best" in found[0]
+    assert found[1] == pytest.approx(found[0])
