@@ -11,12 +11,13 @@ import pytest
 import torch
 from cli_runs import environment
 from pytorch_lightning.callbacks import ModelCheckpoint
-from ssl_methods import METHODS, build
+from ssl_methods import GAINS, METHODS, NOISY, WEIGHTS, build
 from ssl_toy_data import ToyData
 from ssl_toys import ToyNet
 from tiny_nets import tiny_trainer
 from torch import Tensor
 
+from lightning_modules.ssl.ramps import Ramp
 from lightning_modules.ssl_classifier import SSLClassifier
 
 NAMES = sorted(METHODS)
@@ -26,7 +27,8 @@ sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 def module_for(name: str) -> SSLClassifier:
     torch.manual_seed(0)
-    return SSLClassifier(ToyNet(num_classes=2, width=64), build(name), 2, optimizer=sgd, ema_decay=0.95)
+    ramp = Ramp(WEIGHTS[name], until=0.2) if name in WEIGHTS else None
+    return SSLClassifier(ToyNet(num_classes=2, width=64), build(name), 2, ramp, optimizer=sgd, ema_decay=0.95)
 
 
 def fit(name: str, folder: Path, data: ToyData, epochs: int = 3, **options: Any) -> SSLClassifier:
@@ -73,10 +75,10 @@ def test_a_resumed_fit_ends_bit_equal_and_keeps_no_pickles(name: str, tmp_path: 
 def test_gradients_reach_the_network_and_not_the_average(name: str, tmp_path: Path) -> None:
     module = fit(name, tmp_path, ToyData(steps=4))
     start = module_for(name)
-    moved = [
-        not torch.equal(a, b) for a, b in zip(module.network.parameters(), start.network.parameters(), strict=True)
-    ]
-    assert all(moved)
+    before = dict(start.network.named_parameters())
+    still = {name for name, now in module.network.named_parameters() if torch.equal(now, before[name])}
+    # BatchNorm takes the mean away, and with it the gradient of a bias in front of it.
+    assert still <= {"body.1.bias"}
     assert module.ema is not None
     assert [p.grad for p in module.ema.parameters() if p.grad is not None] == []
 
@@ -99,11 +101,16 @@ def test_hidden_labels_change_nothing(name: str, tmp_path: Path) -> None:
 
 
 @cache
-def _accuracy(name: str, folder: Path, seed: int) -> float:
-    data = ToyData(steps=60, seed=seed)
-    module = fit(name, folder, data, epochs=6)
-    (metrics,) = module.trainer.test(module, datamodule=data, verbose=False)
-    return float(metrics["test_accuracy"])
+def _accuracy(name: str, noisy: bool, folder: Path) -> float:
+    """Test accuracy; the mean over two data sets where labels are wrong."""
+    found = []
+    for seed in (0, 2) if noisy else (2,):
+        kind: dict[str, Any] = {"labels_per_class": 60, "noisy": 0.3, "batch_size": 32} if noisy else {}
+        data = ToyData(steps=30, seed=seed, **kind)
+        module = fit(name, folder, data, epochs=5)
+        (metrics,) = module.trainer.test(module, datamodule=data, verbose=False)
+        found.append(float(metrics["test_accuracy"]))
+    return sum(found) / len(found)
 
 
 @pytest.fixture(scope="session")
@@ -112,8 +119,11 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_moons_are_learnt_at_least_as_well_as_from_the_labels_alone(name: str, session_folder: Path) -> None:
-    assert _accuracy(name, session_folder, 0) >= _accuracy("supervised", session_folder, 0) - 0.02
+def test_two_moons_are_learnt_better_than_from_the_labels_alone(name: str, session_folder: Path) -> None:
+    noisy = name in NOISY
+    assert _accuracy(name, noisy, session_folder) >= _accuracy("supervised", noisy, session_folder) + GAINS.get(
+        name, 0.0
+    )
 
 
 _TWO_PROCESSES = """
@@ -122,6 +132,7 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from lightning_modules.ssl.ramps import Ramp
 from lightning_modules.ssl_classifier import SSLClassifier
 from ssl_methods import METHODS
 from ssl_toy_data import ToyData
