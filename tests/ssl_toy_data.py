@@ -30,7 +30,7 @@ def moons(size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return points.view(-1, 2, 1, 1), label, along
 
 
-def as_it_is(batch: Any) -> Any:
+def as_it_is(batch: object) -> object:
     """Batches come whole."""
     return batch
 
