@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.loading import DATA_VARIABLE, EvalSampler, TrainSampler, resolve_root
+from datamodules.loading import DATA_VARIABLE, EvalSampler, LateLoader, TrainSampler, resolve_root
 from datamodules.partition import carve_validation, labelled_subset
 from datamodules.segmentation.dataset import SegmentationDataset
 from datamodules.segmentation.decoding import UInt8Array, read_raw_mask, to_class_ids
@@ -359,7 +359,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         return SegmentationDataset(self._store, self._rows[split], transform, self.seed, with_masks)
 
     def _loader(self, dataset: SegmentationDataset, sampler: TrainSampler | EvalSampler) -> DataLoader[Batch]:
-        return DataLoader(
+        return LateLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,

@@ -92,3 +92,21 @@ def test_spawned_worker(tmp_path: Path, cache_megabytes: int) -> None:
     for here, there in zip(DataLoader(dataset, batch_size=3), spawned, strict=True):
         assert here.keys() == there.keys() == {"image", "mask", "index"}
         assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_the_epoch_is_asked_for_when_the_first_batch_is(tmp_path: Path) -> None:
+    # Lightning makes the iterator first and then says which epoch it is; workers must not have begun by then.
+    write_folder(tmp_path, 12)
+
+    def indices(late: bool) -> list[int]:
+        data = make(tmp_path, 64, num_workers=1, batch_size=4, val_share=0.0)
+        data.setup()
+        loader = data.train_dataloader()
+        sampler: Any = loader.sampler
+        if not late:
+            sampler.set_epoch(3)
+        batches = iter(loader)
+        sampler.set_epoch(3)
+        return [int(i) for batch in batches for i in batch["index"]]
+
+    assert indices(late=True) == indices(late=False)
