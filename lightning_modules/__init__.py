@@ -88,6 +88,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "ICT",
+    "UDA",
+    "VAT",
     "ADMUNet",
     "AdaMatch",
     "AdversarialTraining",
@@ -102,7 +105,6 @@ __all__ = [
     "FlexMatch",
     "FreeMatch",
     "HybridSegmentation",
-    "ICT",
     "LEDMSegmentation",
     "LabelPropagation",
     "MeanTeacher",
@@ -121,8 +123,6 @@ __all__ = [
     "Supervised",
     "TemporalEnsembling",
     "TimmClassifier",
-    "UDA",
-    "VAT",
     "VPProcess",
     "WideResNet",
     "export_checkpoint",

@@ -13,8 +13,9 @@ def overlays_last(args: list[str]) -> list[str]:
     """Put every `--overlay FILE` behind the last `--config`, and the other flags behind both.
 
     A config that names another one as its `base` (relative to itself) is merged after that one. Each overlay becomes a
-    `--config` that is merged last, and is also remembered under `overlay`, whence the stages get it. Flags win over all files, wherever they stand. `vars` are merged name by name over the files;
-    jsonargparse would replace them as a whole.
+    `--config` that is merged last, and is also remembered under `overlay`, whence the stages get it. Flags win over
+    all files, wherever they stand. `vars` are merged name by name over the files; jsonargparse would replace them as
+    a whole.
 
     Args:
         args: A sub-command and what follows it.

@@ -79,3 +79,15 @@ def write_folder(folder: Path, n: int = 6, num_classes: int = 2, mask_suffix: st
         Image.fromarray(image).save(folder / "images" / f"photo{number}.png")
         Image.fromarray(ids.astype(np.uint8)).save(folder / "masks" / f"photo{number}{mask_suffix}.png")
     return folder
+
+
+def write_classes(folder: Path, n: int = 6) -> Path:
+    """Write n images a class into train/ and test/, each class in a folder of its name; returns the root."""
+    for split in ("train", "test"):
+        for position, name in enumerate(("benign", "malignant", "other")):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for number in range(n):
+                image, _ = draw_pair(3000 + 100 * position + number)
+                Image.fromarray(image).save(place / f"photo{number}.png")
+    return folder

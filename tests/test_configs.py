@@ -61,10 +61,21 @@ def _vars_used(config: Path) -> set[str]:
     return used.union(*(_vars_used(stage) for stage in _stages(config)))
 
 
+def _header(path: Path) -> str:
+    """The comment that a file opens with."""
+    lines = (ROOT / path).read_text().splitlines()
+    end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(line.removeprefix("#") for line in lines[:end])
+
+
 def _is_for(overlay: Path, config: Path) -> bool:
-    """An overlay is for the configs that use any of the `vars` it sets; for all of them when it sets none."""
+    """An overlay is for the configs that use any of the `vars` it sets; for all of them when it sets none.
+
+    One that is shown with a semi-supervised config is for those.
+    """
     given = set(_content(overlay).get("vars") or ())
-    return not given or bool(given & _vars_used(config))
+    of_ssl = "configs/ssl/" in _header(overlay)
+    return not given or (of_ssl == (config.parent.name == "ssl") and bool(given & _vars_used(config)))
 
 
 COMBINED = [(config, overlay) for config in CONFIGS for overlay in OVERLAYS if _is_for(overlay, config)]
@@ -85,13 +96,6 @@ def _printed(*words: str) -> dict[str, Any]:
     assert stopped.value.code == 0
     resolved: dict[str, Any] = yaml.safe_load(printed.getvalue())
     return resolved
-
-
-def _header(path: Path) -> str:
-    """The comment that a file opens with."""
-    lines = (ROOT / path).read_text().splitlines()
-    end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
-    return "\n".join(line.removeprefix("#") for line in lines[:end])
 
 
 def _commands(path: Path) -> Iterator[tuple[list[str], list[str]]]:
@@ -125,7 +129,7 @@ def test_a_file_opens_with_its_command(path: Path) -> None:
     else:
         assert words[2] == str(path)
     # A relative root is only found when $FEWLIGHT_DATA is set.
-    needs_data = "root:" in yaml.safe_dump(data) and "--data.init_args.root" not in words
+    needs_data = "root:" in yaml.safe_dump(data) and not any(word.endswith(".root") for word in words)
     assert [variable.split("=")[0] for variable in variables] == ["FEWLIGHT_DATA"] * needs_data
 
 
@@ -199,8 +203,15 @@ def _overlay(folder: Path, model: dict[str, Any], data: dict[str, Any], **traine
 def _shrink_classifier(resolved: dict[str, Any], folder: Path) -> Path:
     """The same for SSLClassifier; what the config starts from is a fit of one step."""
     arguments = resolved["model"]["init_args"]
-    model: dict[str, Any] = {"network": {"class_path": "WideResNet", "init_args": {"width": 4}}}
-    data = {"batch_size": 4, "unlabeled_ratio": 2, "steps_per_epoch": 1, "num_workers": 0}
+    channels = arguments["network"]["init_args"]["in_channels"]
+    network = {"class_path": "WideResNet", "init_args": {"depth": 10, "width": 4, "in_channels": channels}}
+    model: dict[str, Any] = {"network": network}
+    data: dict[str, Any] = {"batch_size": 4, "unlabeled_ratio": 2, "steps_per_epoch": 1, "num_workers": 0}
+    data |= (
+        {"image_size": 16, "labels_per_class": 2}
+        if "root" in resolved["data"]["init_args"]["source"]["init_args"]
+        else {}
+    )
     starts = [arguments["init_from"], arguments["method"]["init_args"].get("teacher_from")]
     if any(starts):
         shrink = _overlay(folder, model, data, max_steps=1, default_root_dir=str(folder / "teacher"))

@@ -15,7 +15,7 @@ from cli_runs import environment
 
 from lightning_modules.cli import main
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "fixmatch": {"class_path": "FixMatch"},
     "temporal_ensembling": {"class_path": "TemporalEnsembling"},
     "label_propagation": {"class_path": "LabelPropagation", "init_args": {"warmup_epochs": 1, "neighbors": 5}},

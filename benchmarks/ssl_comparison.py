@@ -1,7 +1,7 @@
 """What does each semi-supervised method gain over the labels alone? Runs configs/ssl/*.yaml and prints a table.
 
-    python benchmarks/ssl_methods.py
-    FEWLIGHT_DATA=../shared/data python benchmarks/ssl_methods.py --overlay configs/overlays/cifar10_250.yaml \
+    python benchmarks/ssl_comparison.py
+    FEWLIGHT_DATA=../shared/data python benchmarks/ssl_comparison.py --overlay configs/overlays/cifar10_250.yaml \
         --methods supervised mean_teacher mixmatch fixmatch freematch dividemix --seeds 0
 
 Label seed s chooses the labels and starts the network, in every method, so that methods can be compared in pairs. The
@@ -20,7 +20,7 @@ from statistics import mean, stdev
 
 import yaml
 from jobs import Job, run_all
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ssl"
 # What a method on other data is compared with.
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="where the runs go; default runs/<overlay or digits>")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     args = parser.parse_args()
-    root = args.runs or Path("runs") / "ssl_methods" / (args.overlay.stem if args.overlay else "digits")
+    root = args.runs or Path("runs") / "ssl_comparison" / (args.overlay.stem if args.overlay else "digits")
     # Baselines first: they are stages of others, which skip them when they are finished.
     first = sorted({baseline(method) for method in args.methods})
     methods = [*first, *(method for method in args.methods if method not in first)]
