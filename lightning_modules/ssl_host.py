@@ -14,6 +14,8 @@ from lightning_modules.checkpoints import load_checkpoint, network_weights
 from lightning_modules.ssl.base import Batch, Method, Split
 from lightning_modules.ssl_data import FeedsMethods, LearnsAugmentation, SharesRates, require_labels, required_parts
 
+_NO_DATA = {"num_labeled": 0, "num_unlabeled": 0}
+
 
 class SSLHost(BaseModule):
     """A module around a method: everything a method may ask for (`lightning_modules.ssl.base.Host`).
@@ -186,6 +188,8 @@ class SSLHost(BaseModule):
             data.declare_views(self.method.views.labeled, self.method.views.unlabeled)
         elif self.method.views.index:
             self._feeder("num_unlabeled")
+        if self._sizes == _NO_DATA and found is not None and not self._goes_on:
+            self._sizes = None  # something was predicted before there were training images
         if self._sizes is not None and found is not None and found != self._sizes:
             msg = (
                 f"Expected data with {self._sizes} for {type(self.method).__name__}, which remembers images by their "
@@ -202,7 +206,7 @@ class SSLHost(BaseModule):
 
     def _set_up_method(self, sizes: dict[str, int] | None = None) -> None:
         if self._sizes is None:
-            self._sizes = sizes or {"num_labeled": 0, "num_unlabeled": 0}
+            self._sizes = sizes or dict(_NO_DATA)
             self.method.setup(self)
 
     def _require_turns_possible(self) -> None:

@@ -66,7 +66,8 @@ class Alignment(nn.Module):
         """
         everyone, labeled = m.gather(probabilities, labeled_probabilities)
         if self.length:
-            self.means[self.count % self.length] = everyone.mean(0)
+            # An index of one axis stays on the device; without one, every batch would wait for its number.
+            self.means[(self.count % self.length).view(1)] = everyone.mean(0)
         else:
             self.means[0].lerp_(everyone.mean(0), 1 - self.decay)
         if self.kind == "labeled":

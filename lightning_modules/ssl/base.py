@@ -192,7 +192,10 @@ class Method(nn.Module):
     ramp: Ramp = Ramp()
 
     def setup(self, m: Host) -> None:
-        """Build buffers and networks whose size depends on data or network; called once, before weights are loaded."""
+        """Build buffers and networks whose size depends on data or network, before weights are loaded.
+
+        Called once, and once more if the module had to predict before it was given training images.
+        """
 
     def players(self, m: Host) -> dict[str, nn.Module]:
         """What is optimised, by name; each player has an optimiser of its own.

@@ -8,6 +8,8 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from ssl_methods import build
+from ssl_toy_data import ToyData
 from ssl_toys import ToyNet
 from tiny_nets import tiny_trainer
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_modules.ssl.base import Batch, Host, Loss, Method, TeacherBuffers, Views, view_keys
+from lightning_modules.ssl.distillation import Distillation
 from lightning_modules.ssl.ramps import Ramp
 from lightning_modules.ssl.supervised import Supervised
 from lightning_modules.ssl_classifier import SSLClassifier
@@ -242,6 +245,20 @@ def test_a_method_that_needs_an_index_needs_a_datamodule(tmp_path: Path) -> None
     method.views = Views(index=True)
     with pytest.raises(TypeError, match=r"a datamodule with num_unlabeled for Supervised, got NoneType"):
         tiny_trainer(tmp_path).fit(SSLClassifier(ToyNet(), method, 3, optimizer=sgd), loader(batches(1)))
+
+
+@pytest.mark.parametrize("name", ["flexmatch", "simmatch", "dividemix", "distillation"])
+def test_a_module_that_predicted_before_its_fit_is_set_up_for_the_data(name: str, tmp_path: Path) -> None:
+    method = Distillation(teacher=ToyNet(num_classes=2)) if name == "distillation" else build(name)
+    module, data = SSLClassifier(ToyNet(num_classes=2), method, 2, optimizer=sgd), ToyData(steps=2)
+    module(torch.rand(2, 2, 1, 1))
+    tiny_trainer(tmp_path).validate(module, datamodule=data, verbose=False)
+    trainer = tiny_trainer(tmp_path, max_epochs=1, limit_val_batches=0)
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 2
+    assert (module.num_labeled, module.num_unlabeled) == (8, 300)
+    with pytest.raises(ValueError, match="build a new module for other data"):
+        tiny_trainer(tmp_path).fit(module, datamodule=ToyData(size=200))
 
 
 def test_bad_arguments_are_named() -> None:
