@@ -209,7 +209,7 @@ def _shrink_classifier(resolved: dict[str, Any], folder: Path) -> Path:
     data: dict[str, Any] = {"batch_size": 4, "unlabeled_ratio": 2, "steps_per_epoch": 1, "num_workers": 0}
     data |= (
         {"image_size": 16, "labels_per_class": 2}
-        if "root" in resolved["data"]["init_args"]["source"]["init_args"]
+        if "root" in resolved["data"]["init_args"]["source"].get("init_args", {})
         else {}
     )
     starts = [arguments["init_from"], arguments["method"]["init_args"].get("teacher_from")]
