@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_modules.classification_metrics import ClassificationMetrics, PseudoLabelCounts
 from lightning_modules.ssl.base import Batch, Guess, Loss, Method
+from lightning_modules.ssl.companions import evaluating
 from lightning_modules.ssl.ramps import Ramp
 from lightning_modules.ssl_data import require_labels
 from lightning_modules.ssl_host import SSLHost
@@ -101,12 +102,8 @@ class SSLClassifier(SSLHost):
 
     @torch.no_grad()
     def _evaluated(self, network: nn.Module, image: Tensor) -> Tensor:
-        training = network.training
-        network.eval()
-        try:
+        with evaluating(network):
             logits: Tensor = network(image)
-        finally:
-            network.train(training)
         return logits.float()
 
     # ---------------------------------------------------------------- training

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_modules.base import BaseModule, ema_weight
 from lightning_modules.checkpoints import load_checkpoint, network_weights
 from lightning_modules.ssl.base import Batch, Method, Split
+from lightning_modules.ssl.companions import evaluating
 from lightning_modules.ssl_data import FeedsMethods, LearnsAugmentation, SharesRates, require_labels, required_parts
 
 _NO_DATA = {"num_labeled": 0, "num_unlabeled": 0}
@@ -141,17 +142,12 @@ class SSLHost(BaseModule):
             Results [N, ...] in the order of the index, the same on every process.
         """
         size = self.num_labeled if split == "labeled" else self.num_unlabeled
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
         results, places = [], []
-        try:
+        with evaluating(self):
             for batch in self._feeder("sweep_dataloader").sweep_dataloader(split):
                 moved = self.trainer.strategy.batch_to_device(batch, self.device)
                 results.append(function(moved["image"]))
                 places.append(moved["index"])
-        finally:
-            for module, training in modes:
-                module.training = training
         values, index = self.gather(torch.cat(results), torch.cat(places))
         values, index = values[index >= 0], index[index >= 0]
         if not torch.equal(index.sort().values, torch.arange(size, device=index.device)):

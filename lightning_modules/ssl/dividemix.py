@@ -13,6 +13,7 @@ from lightning_modules.ssl.base import Batch, Host, Loss, Method, Views
 from lightning_modules.ssl.companions import agreed, evaluating, with_classes
 from lightning_modules.ssl.parts import (
     beta_samples,
+    class_divergence,
     cross_entropy,
     entropy,
     mix,
@@ -281,15 +282,14 @@ class DivideMix(Method):
         lam = beta_samples(self.alpha, 1, target)
         logits = network(mix(image, image[order], lam.to(image))).float()
         mixed = mix(target, target[order], lam)
-        probabilities = logits.softmax(-1)
         trusted, other = clean.float(), 1 - clean.float()
         # Over the whole batch: as a mean of its part, one image that is alone in it would weigh as much as all others.
         lx = (trusted * soft_cross_entropy(logits, mixed)).mean()
-        lu = (other * squared_error(probabilities, mixed)).mean()
+        lu = (other * squared_error(logits.softmax(-1), mixed)).mean()
         return Loss(
             sup=lx,
             unsup=self.growth(m) * lu,
-            aux=uniform_divergence(probabilities),
+            aux=class_divergence(logits),
             logs={f"trusted_{'ab'[number]}": trusted.mean()},
         )
 
@@ -309,13 +309,3 @@ class DivideMix(Method):
     def per_class(self) -> dict[str, Tensor]:
         """Share of the images with each given label that is trusted."""
         return {"trusted": self.clean_share}
-
-
-def uniform_divergence(probabilities: Tensor) -> Tensor:
-    """KL(uniform || mean prediction), 0 where the mean is uniform; keeps all images from one class (equation 11).
-
-    Args:
-        probabilities: [B, K].
-    """
-    mean = probabilities.mean(0).clamp_min(1e-8)
-    return -(mean * len(mean)).log().mean()

@@ -1,5 +1,6 @@
 """Small pieces of maths that several methods are made of."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
@@ -113,6 +114,19 @@ def entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits): [B]; its gradient is finite everywhere."""
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
+
+
+def class_divergence(logits: Tensor) -> Tensor:
+    """KL(uniform || mean prediction) = sum_c 1/K log((1/K) / mean p_c), a scalar, 0 where the mean is uniform.
+
+    Arazo et al., arXiv 1908.02983, section 3; DivideMix, arXiv 2002.07394, equation 11.
+
+    Args:
+        logits: [B, K].
+    """
+    # The mean's logarithm without leaving logarithms: a class that nobody predicts has a gradient, too.
+    log_mean = logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
+    return -(log_mean + math.log(logits.shape[1])).mean()
 
 
 def beta_samples(alpha: float, size: int, like: Tensor, folded: bool = True) -> Tensor:

@@ -1,26 +1,13 @@
 """Soft pseudo-labels with MixUp (Arazo et al., arXiv 1908.02983)."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.ssl.base import Batch, Guess, Host, Loss, Method, Views
 from lightning_modules.ssl.companions import agreed, evaluating
-from lightning_modules.ssl.parts import beta_samples, entropy, mix, soft_cross_entropy
+from lightning_modules.ssl.parts import beta_samples, class_divergence, entropy, mix, soft_cross_entropy
 from lightning_modules.ssl.ramps import Ramp
-
-
-def class_divergence(logits: Tensor) -> Tensor:
-    """R_A = sum_c 1/K log((1/K) / mean p_c), 0 where the mean prediction is uniform (section 3).
-
-    Args:
-        logits: [B, K].
-    """
-    # The mean's logarithm without leaving logarithms: a class that nobody predicts has a gradient, too.
-    log_mean = logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
-    return -(log_mean + math.log(logits.shape[1])).mean()
 
 
 class SoftPseudoLabels(Method):

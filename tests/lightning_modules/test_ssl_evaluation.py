@@ -164,6 +164,15 @@ def test_a_validation_on_its_own_chooses_nothing(tmp_path: Path) -> None:
     assert not all(torch.equal(before[k], v) for k, v in module.state_dict().items())
 
 
+def test_a_prediction_leaves_every_layer_in_its_mode() -> None:
+    module = SSLClassifier(ToyNet(), Supervised(), K, ema_decay=0.0)
+    module.train()
+    frozen = cast("ToyNet", module.network).body[2].eval()
+    module(torch.rand(4, 2, 1, 1))
+    assert module.network.training
+    assert not frozen.training
+
+
 def test_the_best_network_is_found_again_in_a_checkpoint(tmp_path: Path) -> None:
     data = Circle()
     module = fitted(tmp_path, data, Rises(), ema_decay=0.5)

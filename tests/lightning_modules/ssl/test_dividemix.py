@@ -1,6 +1,7 @@
 """DivideMix: the division of clean and noisy labels, its edge cases, and the loss against naive loops."""
 
 import math
+from typing import cast
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from ssl_toys import ToyHost, ToyNet, toy_batch
 from torch import Tensor, nn
 
 from lightning_modules.ssl.base import Batch
-from lightning_modules.ssl.dividemix import DivideMix, clean_probability, divide, uniform_divergence
+from lightning_modules.ssl.dividemix import DivideMix, clean_probability, divide
 
 
 def _host(method: DivideMix | None = None, epoch: int = 10) -> tuple[ToyHost, DivideMix]:
@@ -214,13 +215,16 @@ def test_unlabelled_loss_grows_after_the_warmup() -> None:
     assert DivideMix(ramp_epochs=0).growth(host) == 1
 
 
-def test_divergence_is_zero_at_the_uniform_mean() -> None:
-    assert float(uniform_divergence(torch.eye(4))) == pytest.approx(0, abs=1e-6)
-    p = torch.tensor([[0.7, 0.2, 0.1]])
-    expected = sum(math.log((1 / 3) / q) / 3 for q in (0.7, 0.2, 0.1))
-    assert float(uniform_divergence(p)) == pytest.approx(expected)
-    collapsed = torch.tensor([[1.0, 0.0, 0.0]])
-    assert math.isfinite(float(uniform_divergence(collapsed)))
+def test_a_class_that_a_network_has_given_up_is_pulled_back() -> None:
+    host, method = _host()
+    labeled, _ = toy_batch(host)
+    with torch.no_grad():
+        for network in method.networks(host):
+            cast("ToyNet", network).head.bias.copy_(torch.tensor([0.0, -60.0, 0.0]))
+    loss = method.player_loss(host, host.network, 0, labeled, method.guesses(host, labeled))
+    assert isinstance(loss.aux, Tensor)
+    (gradient,) = torch.autograd.grad(loss.aux, cast("ToyNet", host.network).head.bias)
+    assert float(gradient[1]) == pytest.approx(-1 / 3, abs=1e-3)
 
 
 def test_predictions_are_the_sum_of_both_networks() -> None:

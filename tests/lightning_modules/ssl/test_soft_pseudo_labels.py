@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from ssl_toys import ToyHost, ToyNet, toy_batch
 from torch import Tensor
 
-from lightning_modules.ssl.soft_pseudo_labels import SoftPseudoLabels, class_divergence
+from lightning_modules.ssl.parts import class_divergence
+from lightning_modules.ssl.soft_pseudo_labels import SoftPseudoLabels
 
 
 def _host(method: SoftPseudoLabels | None = None, epoch: int = 10) -> tuple[ToyHost, SoftPseudoLabels]:
