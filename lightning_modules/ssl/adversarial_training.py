@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.ssl.base import Batch, Host, Loss, Method, Views
@@ -67,8 +68,10 @@ class AdversarialTraining(Method):
         """
         image = image.detach().requires_grad_()
         logits: Tensor = network(image)
+        # The sum: a mean's gradients are smaller by the batch size, and what 16 bits cannot hold has no sign.
+        losses = F.cross_entropy(logits.float(), label, reduction="sum")
         # Not backward(): the gradients of the weights are none of this step's business.
-        (gradient,) = torch.autograd.grad(cross_entropy(logits, label), image, retain_graph=True)
+        (gradient,) = torch.autograd.grad(losses, image, retain_graph=True)
         if self.norm == "linf":
             return logits, self.epsilon * gradient.sign()
         return logits, of_length(gradient, self.epsilon)

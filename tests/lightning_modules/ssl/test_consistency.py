@@ -171,6 +171,17 @@ def test_adversarial_training_mixes_the_two_losses() -> None:
     assert attacked > clean
 
 
+def test_attacks_on_sure_predictions_survive_16_bits_whatever_the_batch_size() -> None:
+    head = nn.Linear(4, 2, bias=False)
+    head.weight.data = torch.tensor([[1.0], [-1.0]]).repeat(1, 4)
+    network = nn.Sequential(nn.Flatten(), head)
+    image, label = torch.full((256, 1, 2, 2), 1.5), torch.zeros(256, dtype=torch.long)  # a margin of 12
+    with torch.autocast("cpu", torch.float16):
+        logits, r = AdversarialTraining(epsilon=0.1).attack(network, image, label)
+    assert logits.dtype == torch.float16
+    torch.testing.assert_close(r, torch.full_like(image, -0.1))
+
+
 def test_adversarial_training_leaves_gradients_alone_and_moves_statistics_by_clean_images() -> None:
     host = ToyHost(AdversarialTraining())
     labeled, _ = toy_batch(host)
