@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from callbacks.image_grid import DenoisingGrid, SegmentationGrid
     from callbacks.mask_writer import MaskWriter
     from callbacks.metrics_report import MetricsReport, print_metrics_table
+    from callbacks.prediction_table import PredictionTable
     from callbacks.pseudo_label_grid import PseudoLabelGrid
     from callbacks.reliability_diagram import ReliabilityDiagram
     from callbacks.stage_transition import StageTransition
@@ -23,6 +24,7 @@ __all__ = [
     "DenoisingGrid",
     "MaskWriter",
     "MetricsReport",
+    "PredictionTable",
     "PseudoLabelGrid",
     "ReliabilityDiagram",
     "SegmentationGrid",
@@ -38,6 +40,7 @@ _HOMES = {
     "DenoisingGrid": "callbacks.image_grid",
     "MaskWriter": "callbacks.mask_writer",
     "MetricsReport": "callbacks.metrics_report",
+    "PredictionTable": "callbacks.prediction_table",
     "PseudoLabelGrid": "callbacks.pseudo_label_grid",
     "ReliabilityDiagram": "callbacks.reliability_diagram",
     "SegmentationGrid": "callbacks.image_grid",

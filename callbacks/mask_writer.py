@@ -95,7 +95,7 @@ class MaskWriter(BasePredictionWriter):
             FileExistsError: A file exists and `overwrite` is off.
         """
         self._written = 0
-        self._data = [_named(loader) for loader in _loaders(trainer.predict_dataloaders)]
+        self._data = [_named(loader) for loader in flat_loaders(trainer.predict_dataloaders)]
         folders = {"overlays": self.overlay, "uncertainty": self.write_uncertainty}
         self._names = _mask_names(
             [list(data.keys) for data in self._data], [name for name, wanted in folders.items() if wanted]
@@ -284,12 +284,17 @@ def _png(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
     return buffer.getvalue()
 
 
-def _loaders(loaders: object) -> Iterator[object]:
+def flat_loaders(loaders: object) -> Iterator[object]:
+    """All loaders of `trainer.predict_dataloaders`, one after the other.
+
+    Args:
+        loaders: A loader, or loaders in sequences and mappings.
+    """
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     if isinstance(loaders, Sequence):
         for loader in loaders:
-            yield from _loaders(loader)
+            yield from flat_loaders(loader)
     else:
         yield loaders
 
