@@ -21,24 +21,24 @@ def stratified_order(strata: Sequence[str], seed: int) -> list[int]:
         A permutation of the positions of `strata`.
     """
     generator = np.random.default_rng(seed)
-    members: dict[str, list[int]] = {}
+    every = np.asarray(strata)
     # Sorted, so that the result does not depend on which group happens to come first.
-    for name in sorted(set(strata)):
-        positions = np.flatnonzero(np.asarray(strata) == name)
-        members[name] = [int(position) for position in generator.permutation(positions)]
-    names = [str(name) for name in generator.permutation(sorted(members))]
-    total, groups = len(strata), max(len(names), 2)
+    members = {name: generator.permutation(np.flatnonzero(every == name)) for name in sorted(set(strata))}
+    groups = [members[str(name)] for name in generator.permutation(sorted(members))]
+    sizes = np.asarray([len(group) for group in groups], dtype=np.int64)
+    total = len(strata)
     # Everything times `slack * total`: integers, so that no rounding decides a tie.
-    slack = 2 * groups - 2
-    taken = dict.fromkeys(names, 0)
+    slack = 2 * max(len(groups), 2) - 2
+    taken, lag = np.zeros_like(sizes), np.zeros_like(sizes)
     order = []
-    for count in range(1, total + 1):
-        lag = {name: slack * (count * len(members[name]) - taken[name] * total) for name in names}
-        open_groups = [name for name in names if taken[name] < len(members[name]) and lag[name] >= total]
+    for _ in range(total):
+        lag += slack * sizes
         # The group whose share will be overdue first.
-        chosen = min(open_groups, key=lambda name: ((slack - 1) * total - lag[name]) / len(members[name]))
-        order.append(members[chosen][taken[chosen]])
+        overdue = np.where((taken < sizes) & (lag >= total), ((slack - 1) * total - lag) / sizes, np.inf)
+        chosen = int(overdue.argmin())
+        order.append(int(groups[chosen][taken[chosen]]))
         taken[chosen] += 1
+        lag[chosen] -= slack * total
     return order
 
 

@@ -379,7 +379,9 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
     def _eval_loader(self, images: EvalImages, pad: bool = True) -> DataLoader[dict[str, Tensor]]:
         sampler = EvalSampler(len(images), pad)
         # A batch comes as one from `__getitems__`; there is nothing to put together.
-        return DataLoader(images, self.eval_batch_size, sampler=sampler, collate_fn=_as_it_is, **self._settings())
+        # By name: Lightning makes loaders to predict with anew, and gives the size of batches by its name, too.
+        size = self.eval_batch_size
+        return DataLoader(images, batch_size=size, sampler=sampler, collate_fn=_as_it_is, **self._settings())
 
     def _settings(self) -> dict[str, Any]:
         return {

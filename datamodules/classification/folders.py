@@ -10,6 +10,9 @@ from datamodules.classification.contents import UNKNOWN, Contents, ImageSource, 
 from datamodules.loading import DATA_VARIABLE, resolve_root
 from datamodules.segmentation.pairs import indent, list_files, relative_key
 
+# Folders that are splits of a data set, and hardly ever classes.
+_SPLITS = frozenset({"train", "val", "test"})
+
 
 class _Listing:
     """Files found so far, as columns."""
@@ -115,7 +118,17 @@ class FolderSource(_RootedSource):
         super().__init__(root, grey)
 
     def _training_folder(self) -> Path:
-        return self.place / "train" if (self.place / "train").is_dir() else self.place
+        if (self.place / "train").is_dir():
+            return self.place / "train"
+        splits = [name for name in class_folders(self.place) if name.lower() in _SPLITS]
+        if splits:
+            # As classes they would train on the images to test on.
+            msg = (
+                f"Expected argument `root` to hold a folder 'train' beside {splits}, but {self.place} has none. Rename "
+                f"what holds the images to train on.\nExpected layout:\n{indent(self.layout)}"
+            )
+            raise FileNotFoundError(msg)
+        return self.place
 
     def read(self) -> Contents:
         """List the images of all splits."""

@@ -1,6 +1,7 @@
 """From a source to decoded images with their uses and labels."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,6 +131,7 @@ def prepare(source: ImageSource, reading: Reading, plan: LabelPlan, noise: Label
     store, contents = _decode(source, source.read(), reading)
     names, truth = source.class_names, contents.labels
     roles = np.asarray(contents.roles)
+    _require_classes(names)
     check_labels(truth, len(names), contents.keys)
     known = truth != UNKNOWN
     _require_labels(roles, known, contents.keys)
@@ -180,6 +182,13 @@ def images_of_folder(folder: str, reading: Reading, channels: int) -> EvalImages
 
 
 def _decode(source: ImageSource, contents: Contents, reading: Reading) -> tuple[PixelStore, Contents]:
+    if len(set(contents.keys)) < len(contents.keys):
+        twice = Counter(contents.keys).most_common(1)[0][0]
+        msg = (
+            f"Expected every image of {source.place} to be listed once, but got {twice} twice: it may be trained on "
+            "and tested on. Let none of the folders lie in another one."
+        )
+        raise ValueError(msg)
     store, contents = _settle(contents, reading, source.image_channels, source.place, source.layout)
     if "train" not in contents.roles:
         msg = f"Expected images to train on in {source.place}, but got none of them."
@@ -208,6 +217,14 @@ def _settle(
         paths=None if contents.paths is None else [contents.paths[row] for row in good],
         problems=(),
     )
+
+
+def _require_classes(names: Sequence[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice or len(names) < 2:
+        what = f"{twice[0]!r} twice" if twice else f"only {list(names)}"
+        msg = f"Expected at least two classes whose names differ, but got {what}; rename classes, or label images."
+        raise ValueError(msg)
 
 
 def _require_labels(roles: npt.NDArray[np.str_], known: npt.NDArray[np.bool_], keys: Sequence[str]) -> None:

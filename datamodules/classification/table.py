@@ -1,5 +1,6 @@
 """Images named in a CSV or Parquet table."""
 
+import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -43,13 +44,18 @@ class TableSource(ImageSource):
         self._given_names = None if class_names is None else tuple(class_names)
         self.image_channels = 1 if grey else 3
 
-    @property
+    @cached_property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes."""
         if self._given_names is not None:
             return self._given_names
         found = {label for label in self._columns["label"] if label}
-        return tuple(sorted(found, key=int) if all(map(_is_number, found)) else sorted(found))
+        if not found:
+            msg = f"Expected labels in {self.place}, but its column `label` is empty; label some images of each class."
+            raise ValueError(msg)
+        return tuple(
+            sorted(found, key=lambda name: (float(name), name)) if all(map(_is_number, found)) else sorted(found)
+        )
 
     @property
     def place(self) -> Path:
@@ -74,7 +80,8 @@ class TableSource(ImageSource):
             ValueError: If it lacks a column, or a label or split is unknown.
         """
         columns, names = self._columns, self.class_names
-        labels = np.asarray([self._id(label, names) for label in columns["label"]], dtype=np.int64)
+        ids = {name: self._id(name) for name in set(columns["label"])}
+        labels = np.asarray([ids[label] for label in columns["label"]], dtype=np.int64)
         check_labels(labels, len(names), columns["path"])
         for number, role in enumerate(columns["split"]):
             if role not in _ROLES:
@@ -84,23 +91,27 @@ class TableSource(ImageSource):
         seen: set[str] = set()
         rows, problems = [], []
         for row, key in enumerate(columns["path"]):
-            if not key or key in seen:
+            # However it is written: no image may be trained on and tested on.
+            file = os.path.normpath(root / key)
+            if not key or file in seen:
                 problems.append(Problem(root / key, f"row {row + 1}: " + ("named twice" if key else "no path")))
             else:
                 rows.append(row)
-                seen.add(key)
+                seen.add(file)
         keys = [columns["path"][row] for row in rows]
         roles = cast("list[Role]", [columns["split"][row] for row in rows])
         return Contents(keys, labels[rows], roles, paths=[root / key for key in keys], problems=problems)
 
-    def _id(self, label: str, names: tuple[str, ...]) -> int:
+    def _id(self, label: str) -> int:
         if not label:
             return UNKNOWN
+        names = self.class_names
         if label in names:
             return names.index(label)
         if _is_number(label) and self._given_names is not None:
             # -1 stands for no label elsewhere; here an empty one does, and a number is meant as a class.
-            return int(label) if int(label) >= 0 else int(label) - 1
+            number = int(float(label))
+            return number if number >= 0 else number - 1
         msg = f"Expected labels out of {names}, but {self.place} has {label!r}; add it to `class_names` or correct it."
         raise ValueError(msg)
 
@@ -121,10 +132,7 @@ class TableSource(ImageSource):
                 f"It may begin like this:\n{self.layout}"
             )
             raise ValueError(msg)
-        columns = {
-            name: ["" if value is None else str(value).strip() for value in table.column(name).to_pylist()]
-            for name in ("path", "label")
-        }
+        columns = {name: [_text(value) for value in table.column(name).to_pylist()] for name in ("path", "label")}
         roles = table.column("split").to_pylist() if "split" in table.column_names else [None] * table.num_rows
         columns["split"] = [str(role).strip() if role else "train" for role in roles]
         return columns
@@ -167,5 +175,12 @@ def _read(path: Path) -> pa.Table:
         raise ValueError(msg) from error
 
 
+def _text(value: object) -> str:
+    """What stands in a cell; whole numbers as such, which are floats in columns that also have empty cells."""
+    if value is None or value != value:  # NaN
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
 def _is_number(text: str) -> bool:
-    return re.fullmatch(r"-?\d+", text) is not None
+    return re.fullmatch(r"-?\d+(\.0+)?", text) is not None

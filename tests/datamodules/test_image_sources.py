@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -113,9 +115,6 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
     if suffix == "csv":
         table.write_text("path,label,split\n" + "".join(",".join(row) + "\n" for row in rows))
     else:
-        import pyarrow as pa
-        import pyarrow.parquet
-
         columns = zip(*((path, label or None, split or None) for path, label, split in rows), strict=True)
         pa.parquet.write_table(pa.table(dict(zip(("path", "label", "split"), map(list, columns), strict=True))), table)
     data = setup(TableSource(str(table)))
@@ -135,7 +134,11 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
         ("path,label\n1.png,a\n1.png,a\n", {}, "1 of 2 entries.*\n.*row 2: named twice"),
         ("path,label\n1.png,a\n2.png,b\n", {}, "1 of 2 entries.*\n.*2.png: cannot be decoded"),
         ("path,label,split\n1.png,a,\n1.png,,test\n", {}, "named twice"),
-        ("path,label\n1.png,\n", {"class_names": ["a"]}, "class 'a' .* has none"),
+        ("path,label,split\n1.png,a,\n./1.png,b,test\n", {}, "row 2: named twice"),
+        ("path,label\n1.png,\n", {"class_names": ["a", "b"]}, "class 'a' .* has none"),
+        ("path,label\n1.png,\n", {}, "column `label` is empty; label some images"),
+        ("path,label\n1.png,a\n", {}, r"at least two classes .* got only \['a'\]"),
+        ("path,label\n1.png,a\n", {"class_names": ["a", "a"]}, "classes whose names differ, but got 'a' twice"),
         ('path,label\n"1.png\n', {}, "cannot be read|columns"),
     ],
 )
@@ -144,6 +147,34 @@ def test_bad_tables(tmp_path: Path, text: str, arguments: dict[str, Any], messag
     (tmp_path / "table.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         setup(TableSource(str(tmp_path / "table.csv"), **arguments))
+
+
+def test_whole_numbers_that_became_floats_are_class_ids(tmp_path: Path) -> None:
+    # What spreadsheets and data frames make of whole numbers beside empty cells.
+    for number in range(4):
+        picture(tmp_path / f"{number}.png", number)
+    paths = [f"{number}.png" for number in range(4)]
+    (tmp_path / "a.csv").write_text("path,label\n0.png,1.0\n1.png,\n2.png,0.0\n3.png,1.0\n")
+    pa.parquet.write_table(pa.table({"path": paths, "label": [1.0, float("nan"), 0.0, 1.0]}), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        data = setup(TableSource(str(tmp_path / name), class_names=["cat", "dog"]))
+        assert data.labels_of("unlabeled").tolist() == [1, -1, 0, 1]
+    assert TableSource(str(tmp_path / "a.parquet")).class_names == ("0", "1")
+
+
+@pytest.mark.parametrize("split", ["Train", "train_images"])
+def test_splits_are_not_taken_for_classes(tmp_path: Path, split: str) -> None:
+    write_classes(tmp_path / split)
+    write_classes(tmp_path / "test")
+    with pytest.raises(FileNotFoundError, match=r"a folder 'train' beside .*'test'"):
+        setup(FolderSource(str(tmp_path)))
+
+
+def test_no_image_is_listed_twice(tmp_path: Path) -> None:
+    write_classes(tmp_path / "labelled")
+    write_classes(tmp_path / "test")
+    with pytest.raises(ValueError, match=r"listed once, but got labelled/cat/0\.png twice"):
+        setup(TwoFolderSource(str(tmp_path), unlabelled="."))
 
 
 def test_imagenet_with_a_list(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Labelled subsets against the definitions of nested and in proportion."""
 
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -21,6 +22,23 @@ def test_every_prefix_is_in_proportion(sizes: tuple[int, ...], seed: int) -> Non
         counts = Counter(strata[position] for position in order[:length])
         for group, size in enumerate(sizes):
             assert abs(counts[f"s{group}"] - length * size / len(strata)) <= bound + 1e-9
+
+
+@pytest.mark.parametrize("sizes", [(80, 80, 40), (3, 5, 11, 2), (1,) * 30, tuple(range(1, 25))])
+def test_the_group_whose_share_is_overdue_first_comes_next(sizes: tuple[int, ...]) -> None:
+    strata = [f"s{group}" for group, size in enumerate(sizes) for _ in range(size)]
+    order, total = stratified_order(strata, 3), len(strata)
+    taken = dict.fromkeys(sorted(set(strata)), 0)
+    least = Fraction(1, 2 * len(sizes) - 2)
+    for count, chosen in enumerate((strata[position] for position in order), start=1):
+        share = {name: Fraction(sizes[int(name[1:])], total) for name in taken}
+        due = {
+            name: (taken[name] + 1 - least) / share[name]
+            for name in taken
+            if count * share[name] - taken[name] >= least and taken[name] < sizes[int(name[1:])]
+        }
+        assert due[chosen] == min(due.values())
+        taken[chosen] += 1
 
 
 def test_ph2_twenty_are_eight_eight_four() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -304,3 +305,20 @@ def test_a_resumed_fit_sees_what_it_would_have_seen(tmp_path: Path, arguments: d
     resumed = fit(3, tmp_path / "half.ckpt")[1]
     assert same(cast("list[object]", whole.seen[2:]), cast("list[object]", resumed.seen))
     assert torch.equal(whole.layer.weight, resumed.layer.weight)
+
+
+class Looker(pl.LightningModule):
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return batch
+
+
+def test_a_trainer_predicts_test_images_and_those_of_a_folder(tmp_path: Path) -> None:
+    for level in (0, 255):
+        Image.new("L", (8, 8), level).save(tmp_path / f"{level}.png")
+    quiet: Any = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    for folder, count in ((None, 500), (str(tmp_path), 2)):
+        data = SemiSupervisedDataModule(predict_images=folder, eval_batch_size=300)
+        found = cast("list[dict[str, Tensor]]", pl.Trainer(**quiet).predict(Looker(), datamodule=data))
+        assert torch.cat([batch["index"] for batch in found]).tolist() == list(range(count))
+    assert found[0]["image"].mean((1, 2, 3)).tolist() == [0, 1]
+    assert found[0]["label"].tolist() == [-1, -1]
