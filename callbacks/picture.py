@@ -1,5 +1,6 @@
 """When pictures are drawn, where they go, and what is said when there is none."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -32,7 +33,7 @@ class Picture(pl.Callback):
     def is_due(self, trainer: pl.Trainer) -> bool:
         """Whether this epoch has a picture."""
         epoch = trainer.current_epoch + 1
-        return epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        return epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs or _reaches_max_steps(trainer, epoch)
 
     def say(self, line: str) -> None:
         """Tell the user something once, from rank zero."""
@@ -46,6 +47,14 @@ class Picture(pl.Callback):
         if add_image is None:
             self.say("no logger takes images (TensorBoardLogger does), nothing is drawn.")
         return add_image
+
+
+def _reaches_max_steps(trainer: pl.Trainer, epoch: int) -> bool:
+    """Whether this many epochs are all that `max_steps` allows."""
+    batches = trainer.num_training_batches
+    if trainer.max_steps < 0 or not math.isfinite(batches):
+        return False
+    return epoch * math.ceil(batches / trainer.accumulate_grad_batches) >= trainer.max_steps
 
 
 class EvaluationPicture(Picture):

@@ -24,6 +24,9 @@ _NOT_HASHED = {
     },
     "data.init_args": {"num_workers", "cache_megabytes", "predict_images"},
 }
+# What datamodules, and the sources of SemiSupervisedDataModule, look for under $FEWLIGHT_DATA.
+_SOURCE = "data.init_args.source.init_args"
+_PLACES = ("data.init_args.root", f"{_SOURCE}.root", f"{_SOURCE}.table", f"{_SOURCE}.label_list")
 # A run may be gone on with for longer, or tested at its end: the steps so far are the same.
 _MAY_DIFFER = {
     "trainer.max_steps",
@@ -53,8 +56,10 @@ def settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flat.items()
         if not any(key == name or key.startswith(f"{name}.") for name in hidden)
     }
-    root, base = kept.get("data.init_args.root"), os.environ.get("FEWLIGHT_DATA")
-    if base and isinstance(root, str) and root and not Path(root).expanduser().is_absolute():
+    base = os.environ.get("FEWLIGHT_DATA")
+    if base and any(
+        isinstance(p, str) and p and not Path(p).expanduser().is_absolute() for p in map(kept.get, _PLACES)
+    ):
         kept["FEWLIGHT_DATA"] = str(Path(base).expanduser().resolve())
     return kept
 

@@ -150,6 +150,13 @@ def test_drawn_before_the_module_forgets(tmp_path: Path) -> None:
     assert np.array_equal(found["val/confusion_matrix"][9], expected)
 
 
+@pytest.mark.parametrize("steps", [{"max_steps": 9}, {"max_steps": 6, "accumulate_grad_batches": 2}])
+def test_the_last_epoch_of_a_fit_by_steps_is_drawn(tmp_path: Path, steps: dict[str, int]) -> None:
+    module = Says()
+    board_trainer(tmp_path, ConfusionMatrix(every_n_epochs=2), max_epochs=-1, **steps).fit(module, datamodule=Named())
+    assert list(pictures(tmp_path)["val/confusion_matrix"]) == [steps["max_steps"] * 2 // 3, steps["max_steps"]]
+
+
 def test_nothing_to_draw(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     unknown = [(torch.tensor([1]), torch.tensor(-1))] * 2
     with caplog.at_level("INFO"):

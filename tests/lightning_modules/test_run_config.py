@@ -96,6 +96,17 @@ def test_the_stages_before_it_and_the_data_folder_of_a_relative_root_count(monke
     assert after[1:] == before[1:]
 
 
+@pytest.mark.parametrize("name", ["root", "table", "label_list"])
+def test_the_data_folder_of_a_source_counts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    relative, absolute = (
+        _resolved(data__init_args={"source": {"class_path": "S", "init_args": {name: place}}}) for place in ("a", "/a")
+    )
+    before = _hash(relative), _hash(absolute)
+    monkeypatch.setenv("FEWLIGHT_DATA", "/somewhere")
+    assert _hash(relative) != before[0]
+    assert _hash(absolute) == before[1]
+
+
 def test_only_the_length_may_differ_between_a_run_and_its_continuation() -> None:
     now = settings(_resolved(model__init_args__lr=0.2, trainer__max_steps=50))
     assert differences(settings(_resolved()), now) == ["model.init_args.lr: 0.1 -> 0.2"]
