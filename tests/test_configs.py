@@ -212,7 +212,7 @@ def _shrink_classifier(resolved: dict[str, Any], folder: Path) -> Path:
         if "root" in resolved["data"]["init_args"]["source"].get("init_args", {})
         else {}
     )
-    starts = [arguments["init_from"], arguments["method"]["init_args"].get("teacher_from")]
+    starts = [arguments["init_from"], arguments["method"].get("init_args", {}).get("teacher_from")]
     if any(starts):
         shrink = _overlay(folder, model, data, max_steps=1, default_root_dir=str(folder / "teacher"))
         main(["fit", "--config", str(ROOT / "configs/ssl/supervised.yaml"), "--overlay", str(shrink)])
