@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "meta_pseudo_labels": {"class_path": "MetaPseudoLabels"},
     "dividemix": {"class_path": "DivideMix", "init_args": {"warmup_epochs": 1, "ramp_epochs": 2}},
 }
-EPOCHS = 30
+EPOCHS = 20
 
 
 def _config(folder: Path, method: dict[str, Any]) -> Path:

@@ -100,7 +100,7 @@ def test_neither_statistics_nor_gradients_are_touched_in_either_precision(mixed_
     for parameter in host.network.parameters():
         parameter.grad = torch.ones_like(parameter)
     twin = copy.deepcopy(host.network)
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision, cache_enabled=False):
         twin(labeled["image"])
         loss = host.method.loss(host, labeled, unlabeled)
     assert all(torch.equal(a, b) for a, b in zip(host.network.buffers(), twin.buffers(), strict=True))
@@ -128,7 +128,7 @@ class SeesTypes(nn.Module):
 def test_the_direction_is_found_in_float32_under_autocast() -> None:
     network = SeesTypes()
     host = ToyHost(VAT(), network=network)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         host.method.loss(host, *toy_batch(host))
     labelled, clean, step, last = network.types
     assert (clean, step) == (torch.float32, torch.float32)
