@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ssl"
 # What a method on other data is compared with.
-BASELINES = {"dividemix": "supervised_noisy"}
+BASELINES = {"dividemix": "supervised_noisy", "supervised_noisy": "supervised_noisy"}
 
 
 def names() -> list[str]:
