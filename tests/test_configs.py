@@ -143,8 +143,8 @@ def test_each_command_of_a_header_parses(path: Path) -> None:
             assert _printed(*words)["model"]["class_path"]
 
 
-@pytest.mark.parametrize(("config", "overlay"), COMBINED, ids=str)
-def test_an_overlay_reaches_a_config_and_its_stages(config: Path, overlay: Path) -> None:
+def _require_reached(config: Path, overlay: Path) -> None:
+    """An overlay changes what it names, in a config and in its stages."""
     content = _content(overlay)
     for path in (config, *_stages(config)):
         resolved = _resolved(path, overlay)
@@ -157,7 +157,15 @@ def test_an_overlay_reaches_a_config_and_its_stages(config: Path, overlay: Path)
 
 
 @pytest.mark.parametrize(("config", "overlay"), ALONE_AND_COMBINED, ids=str)
-def test_the_stages_write_the_checkpoint_that_init_from_names(config: Path, overlay: Path | None) -> None:
+def test_a_config_and_an_overlay_fit_together(config: Path, overlay: Path | None) -> None:
+    # One test, as resolving a configuration is what takes the time.
+    if overlay is not None:
+        _require_reached(config, overlay)
+    _require_what_stages_write(config, overlay)
+
+
+def _require_what_stages_write(config: Path, overlay: Path | None) -> None:
+    """The stages write the checkpoints that the fit starts from, each into a directory of its own."""
     resolved = _resolved(config, overlay)
     stages = _stages(config)
     assert [stage for stage in stages if stage not in CONFIGS] == []
