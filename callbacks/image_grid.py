@@ -5,7 +5,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from callbacks.drawing import (
@@ -74,8 +73,7 @@ class ImageGrid(Picture):
             trainer: The trainer.
             pl_module: The module to ask.
         """
-        alone = trainer.state.fn == TrainerFn.VALIDATING
-        if not trainer.sanity_checking and (alone or self.is_due(trainer)):
+        if self.is_due_after_validation(trainer):
             self._draw(trainer, pl_module, "val", trainer.val_dataloaders)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -35,6 +35,11 @@ class Picture(pl.Callback):
         epoch = trainer.current_epoch + 1
         return epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs or _reaches_max_steps(trainer, epoch)
 
+    def is_due_after_validation(self, trainer: pl.Trainer) -> bool:
+        """Whether this validation has a picture: one on its own always, within a fit if the epoch has one."""
+        alone = trainer.state.fn == TrainerFn.VALIDATING
+        return not trainer.sanity_checking and (alone or self.is_due(trainer))
+
     def say(self, line: str) -> None:
         """Tell the user something once, from rank zero."""
         if line not in self._said:
@@ -88,8 +93,7 @@ class EvaluationPicture(Picture):
             trainer: The trainer.
             pl_module: The module to ask.
         """
-        alone = trainer.state.fn == TrainerFn.VALIDATING
-        if not trainer.sanity_checking and (alone or self.is_due(trainer)):
+        if self.is_due_after_validation(trainer):
             self.draw(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
