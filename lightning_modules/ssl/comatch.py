@@ -9,7 +9,7 @@ from lightning_modules.ssl.base import Batch, Guess, Host, Loss, Method, Views
 from lightning_modules.ssl.parts import cross_entropy, embedding_network, soft_cross_entropy
 from lightning_modules.ssl.projector import Projector
 from lightning_modules.ssl.ramps import Ramp
-from lightning_modules.ssl.thresholds import at_least_zero
+from lightning_modules.ssl.thresholds import at_least_zero, require_above_zero
 
 
 class CoMatch(Method):
@@ -66,10 +66,7 @@ class CoMatch(Method):
         if not 0 <= alpha <= 1:
             msg = f"Expected `alpha` in [0, 1], got {alpha}; 1 does not smooth."
             raise ValueError(msg)
-        for name, value in (("temperature", temperature), ("size", size), ("queue", queue)):
-            if value <= 0:
-                msg = f"Expected `{name}` > 0, got {value}."
-                raise ValueError(msg)
+        require_above_zero(temperature=temperature, size=size, queue=queue)
         self.threshold = at_least_zero("threshold", threshold)
         self.graph_threshold = at_least_zero("graph_threshold", graph_threshold)
         self.contrast = at_least_zero("contrast", contrast)

@@ -12,7 +12,7 @@ from lightning_modules.ssl.base import Batch, Guess, Host, Loss, Method, Views
 from lightning_modules.ssl.parts import cross_entropy, embedding_network, soft_cross_entropy
 from lightning_modules.ssl.projector import Projector
 from lightning_modules.ssl.ramps import Ramp
-from lightning_modules.ssl.thresholds import at_least_zero, decay_of
+from lightning_modules.ssl.thresholds import at_least_zero, decay_of, require_above_zero
 
 _NOT_ALIKE = -1e4
 
@@ -76,10 +76,7 @@ class SimMatch(Method):
         if not 0 <= alpha <= 1:
             msg = f"Expected `alpha` in [0, 1], got {alpha}; 1 does not aggregate."
             raise ValueError(msg)
-        for name, value in (("temperature", temperature), ("size", size)):
-            if value <= 0:
-                msg = f"Expected `{name}` > 0, got {value}."
-                raise ValueError(msg)
+        require_above_zero(temperature=temperature, size=size)
         self.threshold = at_least_zero("threshold", threshold)
         self.instance = at_least_zero("instance", instance)
         self.bank_momentum = decay_of("bank_momentum", bank_momentum)

@@ -340,6 +340,21 @@ class LossThreshold(Threshold):
         return (self.scale * self.shrink**-k * self.initial).clamp_min(self.lowest)
 
 
+def require_above_zero(**arguments: float) -> None:
+    """Refuse values that are not positive.
+
+    Args:
+        arguments: The values by name.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name, value in arguments.items():
+        if value <= 0:
+            msg = f"Expected `{name}` > 0, got {value}."
+            raise ValueError(msg)
+
+
 def at_least_zero(name: str, value: float) -> float:
     """Return a value that must not be negative.
 
