@@ -1,7 +1,9 @@
 """Noise processes, denoisers and samplers in plain PyTorch."""
 
 from lightning_modules.diffusion.denoisers import JointDenoiser, PairDenoiser, takes_time
+from lightning_modules.diffusion.fixed_batches import in_fixed_batches
 from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess, VPProcess
+from lightning_modules.diffusion.sampler_levels import sampler_sigmas
 from lightning_modules.diffusion.samplers import (
     SAMPLERS,
     Denoiser,
@@ -25,10 +27,12 @@ __all__ = [
     "Sampler",
     "SamplerName",
     "VPProcess",
+    "in_fixed_batches",
     "sample",
     "sample_ancestral",
     "sample_euler",
     "sample_heun",
+    "sampler_sigmas",
     "seeded_generators",
     "seeded_noise",
     "takes_time",
