@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -34,24 +35,48 @@ class HasTrunkAndHead(Protocol):
 _Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def _ema_update(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
-    """The in-place EMA of a list of tensors; early updates use a shorter memory.
-
-    With the plain constant decay the average of a run much shorter than 1 / (1 - decay) would still be mostly its
-    random start, so update n uses min(decay, (1 + n) / (10 + n)), the warm-up of TensorFlow's
-    ExponentialMovingAverage.
-    """
+def _ema_update(weight: Callable[[int], float]) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
+    """The in-place EMA of a list of tensors, given the weight of the newest ones in update n."""
 
     @torch.no_grad()
     def update(averaged: _Tensors, current: _Tensors, num_averaged: Tensor | int) -> None:
-        torch._foreach_lerp_(averaged, current, ema_weight(decay, int(num_averaged)))
+        torch._foreach_lerp_(averaged, current, weight(int(num_averaged)))
 
     return update
 
 
 def ema_weight(decay: float, n: int) -> float:
-    """The weight of the newest weights in update n of a moving average."""
+    """The weight of the newest weights in update n of a moving average; early updates use a shorter memory.
+
+    With the plain constant decay the average of a run much shorter than 1 / (1 - decay) would still be mostly its
+    random start, so update n uses min(decay, (1 + n) / (10 + n)), the warm-up of TensorFlow's
+    ExponentialMovingAverage.
+    """
     return 1.0 - min(decay, (1 + n) / (10 + n))
+
+
+class HalfLife:
+    """The weight of the newest weights in a moving average whose memory is counted in images.
+
+    After b images more the older weights count beta = 0.5^(b / min(half-life, 0.05 n b)) as much, n being the number
+    of updates before: the memory is never longer than a twentieth of the run (Karras et al., arXiv 2206.00364,
+    appendix F.2, and its released training loop).
+
+    Args:
+        images: The half-life.
+
+    Attributes:
+        images_per_update: b, the images between two updates, over all devices; set before the first.
+    """
+
+    def __init__(self, images: float) -> None:
+        self.images = images
+        self.images_per_update = 1
+
+    def __call__(self, n: int) -> float:
+        """The weight in update n, counted from 0."""
+        memory = min(self.images, 0.05 * n * self.images_per_update)
+        return 1.0 - 0.5 ** (self.images_per_update / memory) if memory > 0 else 1.0
 
 
 class BaseModule(pl.LightningModule):
@@ -71,10 +96,16 @@ class BaseModule(pl.LightningModule):
         lr_scheduler: Called with the optimiser; stepped after every optimiser step (ReduceLROnPlateau: every epoch).
         ema_decay: Decay of the moving average in optimiser steps, in [0, 1); 0 switches it off.
         trunk_lr_scale: Learning rate of everything but the last layer, relative to the last layer's; positive.
+        ema_half_life: Half-life of the moving average in images, instead of `ema_decay`; see HalfLife.
+
+    Attributes:
+        goes_on: Whether the weights are those of a checkpoint that was loaded.
 
     Raises:
-        ValueError: `ema_decay` or `trunk_lr_scale` is out of range.
+        ValueError: `ema_decay`, `ema_half_life` or `trunk_lr_scale` is out of range.
     """
+
+    goes_on = False
 
     def __init__(
         self,
@@ -83,6 +114,7 @@ class BaseModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         ema_decay: float = 0.9999,
         trunk_lr_scale: float = 1.0,
+        ema_half_life: float | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= ema_decay < 1.0:
@@ -94,9 +126,16 @@ class BaseModule(pl.LightningModule):
                 "StageTransition."
             )
             raise ValueError(msg)
+        if ema_half_life is not None and ema_half_life <= 0:
+            msg = f"Expected a positive `ema_half_life`, got {ema_half_life}; None counts by `ema_decay`."
+            raise ValueError(msg)
         self.network = network
+        self._half_life = None if ema_half_life is None else HalfLife(ema_half_life)
+        averages = ema_decay > 0 or self._half_life is not None
         self.ema = (
-            AveragedModel(network, multi_avg_fn=_ema_update(ema_decay)) if ema_decay > 0 else None
+            AveragedModel(network, multi_avg_fn=_ema_update(self._half_life or partial(ema_weight, ema_decay)))
+            if averages
+            else None
         )  # deep-copies, so it is built before anything is wrapped or compiled
         if self.ema is not None:
             self.ema.requires_grad_(False)
@@ -188,6 +227,16 @@ class BaseModule(pl.LightningModule):
         if self.ema is not None:
             self.ema.update_parameters(self.network)
 
+    def count_images(self, batch_size: int) -> None:
+        """Tell the half-life of the moving average how many images lie between two updates.
+
+        Args:
+            batch_size: Images of a batch on this device.
+        """
+        if self._half_life is not None:
+            accumulated = self.trainer.accumulate_grad_batches
+            self._half_life.images_per_update = batch_size * self.trainer.world_size * accumulated
+
     def on_fit_start(self) -> None:
         """Fix the seed of the run (seed_everything's, or the one a checkpoint brought along).
 
@@ -209,14 +258,28 @@ class BaseModule(pl.LightningModule):
         entropy = (self._run_seed or 0, number, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1)
 
+    def meaning(self) -> dict[str, Any]:
+        """What decides the outputs beside the weights, as plain values: weights must not meet other settings."""
+        return {}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed of the run."""
+        """Keep the seed of the run, and what the weights mean."""
         checkpoint["run_seed"] = self._run_seed
+        checkpoint["meaning"] = self.meaning()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the seed of the run, and refuse another network before torch lists all of its tensors."""
+        """Take over the seed of the run; refuse other settings, and another network before torch lists its tensors."""
+        own, found = self.meaning(), checkpoint.get("meaning", {})
+        differing = [f"{k} {found[k]} -> {own[k]}" for k in sorted(own.keys() & found.keys()) if own[k] != found[k]]
+        if differing:
+            msg = (
+                f"Expected `ckpt_path` to hold weights for this module's settings, but they were trained with others: "
+                f"{'; '.join(differing)}; give the module the arguments that the checkpoint was trained with."
+            )
+            raise ValueError(msg)
         require_same_tensors(self.state_dict(), checkpoint["state_dict"])
         self._run_seed = checkpoint.get("run_seed")
+        self.goes_on = True
 
     def require_finite(self, loss: Tensor, **terms: Tensor) -> Tensor:
         """Return the loss if it is finite.

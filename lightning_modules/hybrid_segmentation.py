@@ -16,6 +16,7 @@ from lightning_modules.diffusion.noise import NoiseProcess, VPProcess
 from lightning_modules.mask_losses import MaskLoss, mask_loss_per_image, mask_probabilities
 from lightning_modules.mask_module import MaskModule, Split
 from lightning_modules.metrics.binned_mean import BinnedMean
+from lightning_modules.networks.modes import evaluating
 from lightning_modules.pair_drawing import draw_pairs
 from lightning_modules.uncertainty import image_confidence
 
@@ -159,14 +160,8 @@ class HybridSegmentation(MaskModule):
     @contextmanager
     def _evaluating(self) -> Iterator[nn.Module]:
         """The network to predict with, without dropout and gradients whatever mode the module is in."""
-        network = self.ema_network
-        training = network.training
-        network.eval()
-        try:
-            with torch.no_grad():
-                yield network
-        finally:
-            network.train(training)
+        with torch.no_grad(), evaluating(self.ema_network):
+            yield self.ema_network
 
     def segment(self, image: Tensor) -> Tensor:
         """Class probabilities of clean images, from the EMA network at t = 0.

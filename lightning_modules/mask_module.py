@@ -24,14 +24,12 @@ class MaskModule(BaseModule):
     evaluation adds to the metrics (`_eval_step`) and what is logged at its end (`_log_eval`).
 
     Attributes:
-        goes_on: Whether the weights are those of a checkpoint that was loaded.
         loaded: Hyper-parameters of that checkpoint, until a fit goes on with it.
         num_classes: Classes, the background included.
         val_metrics: Overlap and calibration in validation.
         test_metrics: The same in test.
     """
 
-    goes_on = False
     num_classes: int
     val_metrics: MetricCollection
     test_metrics: MetricCollection
@@ -145,25 +143,8 @@ class MaskModule(BaseModule):
                 "it with other classes, pass it as model.init_args.init_from, which needs no last layer of that size."
             )
             raise ValueError(msg)
-        own, found = self.meaning(), checkpoint.get("meaning", {})
-        differing = [f"{k} {found[k]} -> {own[k]}" for k in sorted(own.keys() & found.keys()) if own[k] != found[k]]
-        if differing:
-            msg = (
-                f"Expected `ckpt_path` to hold weights for this module's settings, but they were trained with others: "
-                f"{'; '.join(differing)}; give the module the arguments that the checkpoint was trained with."
-            )
-            raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
-        self.goes_on, self.loaded = True, dict(checkpoint.get("hyper_parameters", {}))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the weights mean."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["meaning"] = self.meaning()
-
-    def meaning(self) -> dict[str, Any]:
-        """What decides the outputs beside the weights, as plain values: weights must not meet other settings."""
-        return {}
+        self.loaded = dict(checkpoint.get("hyper_parameters", {}))
 
     @abstractmethod
     def segment(self, image: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_modules.classification_metrics import ClassificationMetrics, PseudoLabelCounts
+from lightning_modules.networks.modes import evaluating
 from lightning_modules.ssl.base import Batch, Guess, Loss, Method
-from lightning_modules.ssl.companions import evaluating
 from lightning_modules.ssl.ramps import Ramp
 from lightning_modules.ssl_data import require_labels
 from lightning_modules.ssl_host import SSLHost

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_modules.base import BaseModule, ema_weight
 from lightning_modules.checkpoints import load_checkpoint, network_weights
+from lightning_modules.networks.modes import evaluating
 from lightning_modules.ssl.base import Batch, Method, Split
-from lightning_modules.ssl.companions import evaluating
 from lightning_modules.ssl_data import FeedsMethods, LearnsAugmentation, SharesRates, require_labels, required_parts
 
 _NO_DATA = {"num_labeled": 0, "num_unlabeled": 0}
@@ -45,7 +45,6 @@ class SSLHost(BaseModule):
         self.init_from = init_from
         self.method = method
         self._sizes: dict[str, int] | None = None
-        self._goes_on = False
         self._num_batches = 0
 
     # ---------------------------------------------------------------- what methods ask for
@@ -184,7 +183,7 @@ class SSLHost(BaseModule):
             data.declare_views(self.method.views.labeled, self.method.views.unlabeled)
         elif self.method.views.index:
             self._feeder("num_unlabeled")
-        if self._sizes == _NO_DATA and found is not None and not self._goes_on:
+        if self._sizes == _NO_DATA and found is not None and not self.goes_on:
             self._sizes = None  # something was predicted before there were training images
         if self._sizes is not None and found is not None and found != self._sizes:
             msg = (
@@ -222,7 +221,7 @@ class SSLHost(BaseModule):
     def on_fit_start(self) -> None:
         """Let the method begin a new fit, and draw from what it selects."""
         super().on_fit_start()
-        if not self._goes_on:
+        if not self.goes_on:
             if self.init_from is not None:
                 self.load_trained(self.network, self.init_from, "init_from")
                 self.reset_ema()
@@ -342,4 +341,3 @@ class SSLHost(BaseModule):
             raise ValueError(msg)
         self._set_up_method(sizes)
         super().on_load_checkpoint(checkpoint)
-        self._goes_on = True

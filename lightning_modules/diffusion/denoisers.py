@@ -82,7 +82,7 @@ class JointDenoiser(nn.Module):
                 f"Give `image_channels` of the images."
             )
             raise ValueError(msg)
-        sigma = self._expand(sigma, x)
+        sigma = expand_levels(sigma, x)
         output = self._run(x, sigma)
         if output.ndim != 4 or output.shape[1] < self.image_channels or output.shape[-2:] != x.shape[-2:]:
             msg = (
@@ -98,10 +98,7 @@ class JointDenoiser(nn.Module):
         return image, mask
 
     def _run(self, x: Tensor, sigma: Tensor) -> Tensor:
-        scaled = _over_pixels(self.process.c_in(sigma)) * x
-        weight = next(self.network.parameters(), None)
-        # Under true 16-bit precision the float32 coefficients would otherwise meet 16-bit weights.
-        scaled = scaled.to(x.dtype if weight is None else weight.dtype)
+        scaled = scaled_input(self.network, self.process, x, sigma)
         if takes_time(self.network):
             output: Tensor = self.network(scaled, self.process.c_noise(sigma))
             return output
@@ -115,13 +112,64 @@ class JointDenoiser(nn.Module):
         output = self.network(scaled)
         return output
 
-    @staticmethod
-    def _expand(sigma: Tensor | float, x: Tensor) -> Tensor:
-        sigma = torch.as_tensor(sigma, device=x.device)
-        if sigma.shape not in ((), (1,), (x.shape[0],)):
-            msg = f"Expected `sigma` of shape [] or [{x.shape[0]}], one per image, got {list(sigma.shape)}."
+
+class ClassDenoiser(nn.Module):
+    """Denoise images of given classes with a network called as network(x, t, label).
+
+    D(x_sigma; sigma, label) = c_skip * x_sigma + c_out * F(c_in * x_sigma, c_noise, label) (Karras et al., arXiv
+    2206.00364, equation 7). It holds no weights of its own, so one may be built around any network at any time.
+
+    Args:
+        network: The network; its `null_label`, if it has one, is the label of "no class".
+        process: Noise process whose coefficients are used.
+    """
+
+    def __init__(self, network: nn.Module, process: NoiseProcess) -> None:
+        """Keep the parts."""
+        super().__init__()
+        self.network = network
+        self.process = process
+
+    @property
+    def null_label(self) -> int | None:
+        """The label of "no class"; None where the network has none."""
+        label = getattr(self.network, "null_label", None)
+        return label if isinstance(label, int) else None
+
+    def forward(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """Denoise images.
+
+        Args:
+            x: Noisy images x + sigma * eps, [B, C, H, W], clean ones being in [-1, 1].
+            sigma: Noise level of each image, [B], or one for all.
+            label: Class ids [B], or `null_label`; None is `null_label` for all.
+
+        Returns:
+            Denoised images, [B, C, H, W], in float32.
+
+        Raises:
+            ValueError: If there is no label and the network has no null label, or if a shape does not fit.
+        """
+        if x.ndim != 4:
+            msg = f"Expected `x` of shape [B, C, H, W], got {list(x.shape)}."
             raise ValueError(msg)
-        return sigma.expand(x.shape[0])
+        if label is None:
+            if self.null_label is None:
+                msg = (
+                    f"Expected `label`, got None: {type(self.network).__name__} knows no images without a class. "
+                    "Give class ids, or build and train it with `null_class`."
+                )
+                raise ValueError(msg)
+            label = torch.full((len(x),), self.null_label, device=x.device)
+        sigma = expand_levels(sigma, x)
+        scaled = scaled_input(self.network, self.process, x, sigma)
+        output = self.network(scaled, self.process.c_noise(sigma), label)
+        if output.shape != x.shape:
+            msg = f"Expected the output of `network` to be {list(x.shape)} like its input, got {list(output.shape)}."
+            raise ValueError(msg)
+        skip, out = (_over_pixels(c(sigma)) for c in (self.process.c_skip, self.process.c_out))
+        denoised: Tensor = skip * x + out * output.float()
+        return denoised
 
 
 class PairDenoiser(nn.Module):
@@ -184,6 +232,36 @@ class PairDenoiser(nn.Module):
             )
             raise ValueError(msg)
         return pair
+
+
+def expand_levels(sigma: Tensor | float, x: Tensor) -> Tensor:
+    """Return one noise level per image.
+
+    Args:
+        sigma: Noise level of each image, [B], or one for all.
+        x: Images [B, ...].
+
+    Raises:
+        ValueError: If there are neither one nor B of them.
+    """
+    sigma = torch.as_tensor(sigma, device=x.device)
+    if sigma.shape not in ((), (1,), (x.shape[0],)):
+        msg = f"Expected `sigma` of shape [] or [{x.shape[0]}], one per image, got {list(sigma.shape)}."
+        raise ValueError(msg)
+    return sigma.expand(x.shape[0])
+
+
+def scaled_input(network: nn.Module, process: NoiseProcess, x: Tensor, sigma: Tensor) -> Tensor:
+    """Return c_in * x, as a network takes it.
+
+    Args:
+        network: Says the type: under true 16-bit precision float32 coefficients would meet 16-bit weights.
+        process: Noise process.
+        x: Noisy images, [B, C, H, W].
+        sigma: Their noise levels, [B].
+    """
+    weight = next(network.parameters(), None)
+    return (_over_pixels(process.c_in(sigma)) * x).to(x.dtype if weight is None else weight.dtype)
 
 
 def takes_time(network: nn.Module) -> bool:

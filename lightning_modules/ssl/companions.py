@@ -3,28 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
+from lightning_modules.networks.modes import evaluating
 from lightning_modules.ssl.base import Host
 from lightning_modules.ssl.parts import frozen_statistics
-
-
-@contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Put networks into evaluation mode, and every layer back into its own mode afterwards.
-
-    Args:
-        networks: Any networks.
-    """
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
@@ -41,29 +24,6 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train()
         yield
-
-
-class Frozen(nn.Module):
-    """A network that is asked and never trained: no gradient, always in evaluation mode, in checkpoints.
-
-    Args:
-        network: Image -> logits.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network.requires_grad_(False)
-        self.train()
-
-    def train(self, mode: bool = True) -> "Frozen":
-        """Stay in evaluation mode."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, image: Tensor) -> Tensor:
-        """Return the network's logits [B, K] of images [B, C, H, W]."""
-        logits: Tensor = self.network(image)
-        return logits
 
 
 def with_classes(network: nn.Module, num_classes: int) -> nn.Module:

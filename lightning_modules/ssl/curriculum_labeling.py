@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.networks.modes import Frozen, evaluating
 from lightning_modules.ssl.base import Batch, Guess, Host, Loss, Method, Split, Views
-from lightning_modules.ssl.companions import Frozen, agreed, evaluating
+from lightning_modules.ssl.companions import agreed
 from lightning_modules.ssl.parts import cross_entropy, joint
 from lightning_modules.ssl.ramps import Ramp
 

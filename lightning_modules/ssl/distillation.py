@@ -2,8 +2,9 @@
 
 from torch import nn
 
+from lightning_modules.networks.modes import Frozen
 from lightning_modules.ssl.base import Batch, Guess, Host, Loss, Method, Views
-from lightning_modules.ssl.companions import Frozen, require_teacher, with_classes
+from lightning_modules.ssl.companions import require_teacher, with_classes
 from lightning_modules.ssl.parts import cross_entropy, joint, soft_cross_entropy
 from lightning_modules.ssl.ramps import Ramp
 

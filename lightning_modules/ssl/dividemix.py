@@ -9,8 +9,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
+from lightning_modules.networks.modes import evaluating
 from lightning_modules.ssl.base import Batch, Host, Loss, Method, Views
-from lightning_modules.ssl.companions import agreed, evaluating, with_classes
+from lightning_modules.ssl.companions import agreed, with_classes
 from lightning_modules.ssl.parts import (
     beta_samples,
     class_divergence,

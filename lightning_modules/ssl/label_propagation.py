@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_modules.networks.modes import evaluating
 from lightning_modules.ssl.base import Batch, Guess, Host, Loss, Method, Views
-from lightning_modules.ssl.companions import agreed, evaluating
+from lightning_modules.ssl.companions import agreed
 from lightning_modules.ssl.graph import certainty, neighbor_graph, normalized, propagate
 from lightning_modules.ssl.parts import cross_entropy, embedding_network, joint
 from lightning_modules.ssl.ramps import Ramp

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.networks.modes import evaluating
 from lightning_modules.ssl.balancing import balanced_copies
 from lightning_modules.ssl.base import Batch, Guess, Host, Loss, Method, Split, Views
-from lightning_modules.ssl.companions import agreed, evaluating, require_teacher, with_classes
+from lightning_modules.ssl.companions import agreed, require_teacher, with_classes
 from lightning_modules.ssl.parts import joint, sharpen, soft_cross_entropy
 from lightning_modules.ssl.ramps import Ramp
 

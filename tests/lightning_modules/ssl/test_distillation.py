@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ssl_toys import ToyHost, ToyNet, toy_batch
 from torch import Tensor, nn
 
-from lightning_modules.ssl.companions import Frozen
+from lightning_modules.networks.modes import Frozen
 from lightning_modules.ssl.distillation import Distillation
 
 
