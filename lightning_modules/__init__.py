@@ -7,8 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_modules.diffusion.learned_transition import LearnedTransition as LearnedTransition
     from lightning_modules.diffusion.noise import EDMProcess as EDMProcess
     from lightning_modules.diffusion.noise import VPProcess as VPProcess
+    from lightning_modules.diffusion.transition import AsymmetricTransition as AsymmetricTransition
+    from lightning_modules.diffusion.transition import ConfusionTransition as ConfusionTransition
+    from lightning_modules.diffusion.transition import FileTransition as FileTransition
+    from lightning_modules.diffusion.transition import IdentityTransition as IdentityTransition
+    from lightning_modules.diffusion.transition import SymmetricTransition as SymmetricTransition
+    from lightning_modules.diffusion.transition import TransitionMatrix as TransitionMatrix
     from lightning_modules.export import export_checkpoint as export_checkpoint
     from lightning_modules.hybrid_segmentation import HybridSegmentation as HybridSegmentation
     from lightning_modules.ledm_segmentation import LEDMSegmentation as LEDMSegmentation
@@ -50,20 +57,25 @@ _HOMES = {
     "ADMUNet": "lightning_modules.networks.adm_unet",
     "AdaMatch": "lightning_modules.ssl.adamatch",
     "AdversarialTraining": "lightning_modules.ssl.adversarial_training",
+    "AsymmetricTransition": "lightning_modules.diffusion.transition",
     "CoMatch": "lightning_modules.ssl.comatch",
+    "ConfusionTransition": "lightning_modules.diffusion.transition",
     "CosineDecay": "lightning_modules.ssl.schedules",
     "CurriculumLabeling": "lightning_modules.ssl.curriculum_labeling",
     "Dash": "lightning_modules.ssl.dash",
     "Distillation": "lightning_modules.ssl.distillation",
     "DivideMix": "lightning_modules.ssl.dividemix",
     "EDMProcess": "lightning_modules.diffusion.noise",
+    "FileTransition": "lightning_modules.diffusion.transition",
     "FixMatch": "lightning_modules.ssl.fixmatch",
     "FlexMatch": "lightning_modules.ssl.flexmatch",
     "FreeMatch": "lightning_modules.ssl.freematch",
     "HybridSegmentation": "lightning_modules.hybrid_segmentation",
     "ICT": "lightning_modules.ssl.ict",
+    "IdentityTransition": "lightning_modules.diffusion.transition",
     "LEDMSegmentation": "lightning_modules.ledm_segmentation",
     "LabelPropagation": "lightning_modules.ssl.label_propagation",
+    "LearnedTransition": "lightning_modules.diffusion.learned_transition",
     "MeanTeacher": "lightning_modules.ssl.mean_teacher",
     "MetaPseudoLabels": "lightning_modules.ssl.meta_pseudo_labels",
     "Method": "lightning_modules.ssl.base",
@@ -78,8 +90,10 @@ _HOMES = {
     "SoftMatch": "lightning_modules.ssl.softmatch",
     "SoftPseudoLabels": "lightning_modules.ssl.soft_pseudo_labels",
     "Supervised": "lightning_modules.ssl.supervised",
+    "SymmetricTransition": "lightning_modules.diffusion.transition",
     "TemporalEnsembling": "lightning_modules.ssl.temporal_ensembling",
     "TimmClassifier": "lightning_modules.networks.timm_classifier",
+    "TransitionMatrix": "lightning_modules.diffusion.transition",
     "UDA": "lightning_modules.ssl.uda",
     "VAT": "lightning_modules.ssl.vat",
     "VPProcess": "lightning_modules.diffusion.noise",
@@ -94,19 +108,24 @@ __all__ = [
     "ADMUNet",
     "AdaMatch",
     "AdversarialTraining",
+    "AsymmetricTransition",
     "CoMatch",
+    "ConfusionTransition",
     "CosineDecay",
     "CurriculumLabeling",
     "Dash",
     "Distillation",
     "DivideMix",
     "EDMProcess",
+    "FileTransition",
     "FixMatch",
     "FlexMatch",
     "FreeMatch",
     "HybridSegmentation",
+    "IdentityTransition",
     "LEDMSegmentation",
     "LabelPropagation",
+    "LearnedTransition",
     "MeanTeacher",
     "MetaPseudoLabels",
     "Method",
@@ -121,8 +140,10 @@ __all__ = [
     "SoftMatch",
     "SoftPseudoLabels",
     "Supervised",
+    "SymmetricTransition",
     "TemporalEnsembling",
     "TimmClassifier",
+    "TransitionMatrix",
     "VPProcess",
     "WideResNet",
     "export_checkpoint",
