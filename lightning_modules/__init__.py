@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_modules.ledm_segmentation import LEDMSegmentation as LEDMSegmentation
     from lightning_modules.networks.adm_unet import ADMUNet as ADMUNet
     from lightning_modules.networks.timm_classifier import TimmClassifier as TimmClassifier
+    from lightning_modules.networks.uvit import UViT as UViT
     from lightning_modules.networks.wide_resnet import WideResNet as WideResNet
     from lightning_modules.ssl.adamatch import AdaMatch as AdaMatch
     from lightning_modules.ssl.adversarial_training import AdversarialTraining as AdversarialTraining
@@ -95,6 +96,7 @@ _HOMES = {
     "TimmClassifier": "lightning_modules.networks.timm_classifier",
     "TransitionMatrix": "lightning_modules.diffusion.transition",
     "UDA": "lightning_modules.ssl.uda",
+    "UViT": "lightning_modules.networks.uvit",
     "VAT": "lightning_modules.ssl.vat",
     "VPProcess": "lightning_modules.diffusion.noise",
     "WideResNet": "lightning_modules.networks.wide_resnet",
