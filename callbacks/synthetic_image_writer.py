@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -109,7 +108,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             del known["weights"]
             Drawing(self.output_dir, self.request).require(known)
             self._require_new(origin)
-        trial = replace(self.request, num_images=1, batch_size=1, num_steps=1)
+        trial = self.request.trial()
         with isolate_rng(), _drawing(trainer, pl_module) as draw:
             Drawing(self.output_dir, trial).check(0, draw(trial.batch(0)), self._num_classes(trainer))
 
@@ -172,7 +171,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         if stage != "predict" or _is_dry(trainer) or not isinstance(data, AsksForPairs):
             return
         self._asked = Drawing(self.output_dir, data.request)
-        self._asked.require({"request": asdict(data.request)})
+        self._asked.require({"request": data.request.description()})
         missing = self._asked.missing()
         self._left = _count(self._asked, missing)
         data.leave_out(set(range(data.request.num_blocks)) - set(missing))
@@ -232,7 +231,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             # Not before: a drawing that fails at once must leave no trace.
             self._begin_predicted(self._asked, trainer, pl_module)
             request = self._asked.request
-            block = (int(batch["seed"][0]) - request.first_seed) // request.batch_size
+            block = request.block_of(int(batch["seed"][0]))
             self._asked.write(block, prediction, self._num_classes(trainer))
         elif isinstance(batch, Mapping) and "seed" in batch and not _is_dry(trainer):
             msg = (
@@ -306,7 +305,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         if self._left:
             request = drawing.request
             rank_zero_info(
-                f"{self._name}: drawing {self._left} of {request.num_images} pairs of {request.image_size} px "
+                f"{self._name}: drawing {self._left} of {request.total} pairs of {request.image_size} px "
                 f"({request.sampler}, {request.num_steps} steps) into {drawing.folder}."
             )
 
@@ -318,7 +317,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             if drawing.finish():
                 self.artifacts = [str(folder)]
                 took = f"drawn in {time.monotonic() - self._since:.0f} s" if self._left else "nothing was left to draw"
-                rank_zero_info(f"{self._name}: {request.num_images} pairs in {folder}, {took}.")
+                rank_zero_info(f"{self._name}: {request.total} pairs in {folder}, {took}.")
                 if self._left:
                     self._show(trainer, folder)
             else:

@@ -1,4 +1,4 @@
-"""Requests for a generator's `predict`: which pairs to draw."""
+"""Requests for a generator's `predict`: which images to draw."""
 
 from collections.abc import Collection
 from typing import Any
@@ -14,32 +14,38 @@ Request = dict[str, Any]
 
 
 class SamplingDataModule(pl.LightningDataModule):
-    """Asks a module for (image, mask) pairs; what it draws is written by SyntheticImageWriter.
+    """Asks a module for (image, mask) pairs or images of classes; what it draws is written by SyntheticImageWriter.
 
-    A batch is a block of a DrawRequest: `seed` int64 [B], `image_size`, `sampler` and `num_steps`. Under DDP each
-    process takes whole blocks, so a pair is drawn in the same batch on any number of devices.
+    A batch is a block of a DrawRequest: `seed` int64 [B], `image_size`, `sampler` and `num_steps`, with classes also
+    `label` int64 [B] and `guidance`. Under DDP each process takes whole blocks, so an image is drawn in the same batch
+    on any number of devices.
 
     Args:
-        num_images: Number of pairs.
-        num_classes: Number of classes of the module, background included; the command line gives it to the module.
+        num_images: Number of pairs; left out (None) for images of classes.
+        num_classes: Number of classes of the module, for pairs background included; the command line gives it to the
+            module.
         image_size: Side of the images in pixels; the one that the module was trained with, unless its network takes
             others.
-        first_seed: Seed of the first pair; the others count on from it.
-        batch_size: Pairs drawn at once, on each device.
-        sampler: How the reverse process is integrated: euler (DDIM) and heun solve its ODE, ancestral its SDE.
+        first_seed: The smallest seed; the others count on from it, see DrawRequest.
+        batch_size: Images drawn at once, on each device.
+        sampler: How the reverse process is integrated: euler (DDIM), heun and dpmpp_2m (DPM-Solver++, second order,
+            multistep) solve its ODE, ancestral its SDE.
         num_steps: Steps of the sampler.
-        class_names: Names of the classes, background first, for the manifest; None takes what the checkpoint says.
+        class_names: Names of the classes, for pairs background first; those of images are their folders. None takes
+            what the checkpoint says.
+        images_per_class: Number of images of each class, 0 for none, or one number for all of them; None draws pairs.
+        guidance: Weight of classifier-free guidance for images of classes; 0 is none.
 
     Attributes:
         request: All of the above that decides what is drawn.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or two of them contradict each other.
     """
 
     def __init__(
         self,
-        num_images: int,
+        num_images: int | None,
         num_classes: int,
         image_size: int,
         first_seed: int = 0,
@@ -47,16 +53,30 @@ class SamplingDataModule(pl.LightningDataModule):
         sampler: SamplerName = "heun",
         num_steps: int = 50,
         class_names: list[str] | None = None,
+        images_per_class: int | list[int] | None = None,
+        guidance: float = 0.0,
     ) -> None:
         """Check the arguments."""
         super().__init__()
-        self.request = DrawRequest(num_images, image_size, first_seed, batch_size, sampler, num_steps)
-        if not 2 <= num_classes <= 255:
+        classes = None if images_per_class is None else num_classes
+        self.request = DrawRequest(
+            num_images,
+            image_size,
+            first_seed,
+            batch_size,
+            sampler,
+            num_steps,
+            images_per_class,
+            classes,
+            guidance,
+        )
+        if classes is None and not 2 <= num_classes <= 255:
             msg = f"Expected argument `num_classes` to be from 2 to 255, background included, but got {num_classes}."
             raise ValueError(msg)
         if class_names is not None and len(class_names) != num_classes:
+            first = ", background first" if classes is None else ""
             msg = (
-                f"Expected argument `class_names` to name {num_classes} classes (`num_classes`, background first), but "
+                f"Expected argument `class_names` to name {num_classes} classes (`num_classes`{first}), but "
                 f"got {len(class_names)}: {class_names}. Leave it out to take what the checkpoint says."
             )
             raise ValueError(msg)

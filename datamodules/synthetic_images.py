@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -68,7 +68,7 @@ class Origin:
             "fingerprint": self.fingerprint,
             "weights": self.weights,
             "drawn_with": None if self.drawn_with is None else dict(self.drawn_with),
-            "request": asdict(self.request),
+            "request": self.request.description(),
         }
 
 

@@ -67,7 +67,7 @@ def test_processes_share_the_blocks(tmp_path: Path, world_size: int) -> None:
         ({"batch_size": 0}, "`batch_size` to be at least 1"),
         ({"num_steps": 0}, "`num_steps` to be at least 1"),
         ({"first_seed": 2**32 - 2}, r"`first_seed` to leave the seeds of \d+ images below 2\^32"),
-        ({"sampler": "magic"}, "`sampler` to be one of euler, heun, ancestral, but got 'magic'"),
+        ({"sampler": "magic"}, "`sampler` to be one of euler, heun, ancestral, dpmpp_2m, but got 'magic'"),
     ],
 )
 def test_request_arguments(arguments: dict[str, Any], message: str) -> None:
