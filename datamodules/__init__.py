@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datamodules.classification.torchvision_sets import TorchvisionSource
     from datamodules.draw_request import DrawRequest
     from datamodules.generated import GeneratedLesionsDataModule, draw_lesions
+    from datamodules.generation import GenerationDataModule
     from datamodules.label_noise import LabelNoise, transition_matrix
     from datamodules.loading import EvalSampler, MixedTrainSampler, SampleKey, TrainSampler
     from datamodules.partition import labelled_subset, stratified_order
@@ -50,6 +51,7 @@ __all__ = [
     "FolderSegmentationDataModule",
     "FolderSource",
     "GeneratedLesionsDataModule",
+    "GenerationDataModule",
     "ISIC2018DataModule",
     "ImageNetSource",
     "ImageSource",
@@ -91,6 +93,7 @@ _MODULES = {
     "datamodules.classification.torchvision_sets": ("TorchvisionSource",),
     "datamodules.draw_request": ("DrawRequest",),
     "datamodules.generated": ("GeneratedLesionsDataModule", "draw_lesions"),
+    "datamodules.generation": ("GenerationDataModule",),
     "datamodules.label_noise": ("LabelNoise", "transition_matrix"),
     "datamodules.loading": ("EvalSampler", "MixedTrainSampler", "SampleKey", "TrainSampler"),
     "datamodules.partition": ("labelled_subset", "stratified_order"),

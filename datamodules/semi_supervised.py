@@ -1,15 +1,15 @@
 """Labelled and unlabelled images for semi-supervised classification."""
 
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.classification.arrays import DigitsSource
+from datamodules.classification.base import ClassificationDataModule
 from datamodules.classification.contents import ImageSource, Int64Array
-from datamodules.classification.prepare import Prepared, Reading, check_least, image_side, images_of_folder, prepare
+from datamodules.classification.prepare import Reading, check_least, image_side, images_of_folder, prepare
 from datamodules.classification.splits import LabelPlan, LongTail
 from datamodules.classification.streams import (
     EvalImages,
@@ -23,14 +23,12 @@ from datamodules.classification.streams import (
     view_seed,
 )
 from datamodules.label_noise import LabelNoise
-from datamodules.loading import EvalSampler, LateLoader
+from datamodules.loading import LateLoader
 from datamodules.views.policies import StrongName, WeakName
 from datamodules.views.views import BatchViews, WorkerViews
 
-T = TypeVar("T")
 
-
-class SemiSupervisedDataModule(pl.LightningDataModule):
+class SemiSupervisedDataModule(ClassificationDataModule):
     """A few images with labels and many without, in two training streams.
 
     A training batch is {"labeled": {"image", further views, "label", "index", "true_label"}, "unlabeled": {views,
@@ -75,14 +73,12 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
         eval_batch_size: Images of a batch to evaluate.
         seed: Seed of the order and the augmentations.
 
-    Attributes:
-        counts: Images per use, after `setup`.
-        fingerprint: Identifies the data and its split, after `setup`.
-
     Raises:
         ValueError: If an argument is out of range; in `setup`, if images or labels cannot be used.
         FileNotFoundError: In `setup`, if the images are missing.
     """
+
+    instead_of_test_images = ", or set `predict_images` to predict a folder"
 
     def __init__(
         self,
@@ -115,25 +111,19 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         """Check the arguments; no image is read before `setup`."""
-        super().__init__()
-        self.source = DigitsSource() if source is None else source
-        self.image_size = image_side(self.source, image_size)
+        source = DigitsSource() if source is None else source
+        reading = Reading(image_side(source, image_size), cache_megabytes, on_bad_file, max_bad_share)
+        super().__init__(source, reading, num_workers, eval_batch_size, seed)
         self.batch_size = batch_size
         self.unlabeled_ratio = unlabeled_ratio
         self.plan = LabelPlan(
             num_labels, labels_per_class, labels_seed, labels_balanced, val_share, include_labeled, imbalance
         )
-        self.reading = Reading(self.image_size, cache_megabytes, on_bad_file, max_bad_share)
         self.steps_per_epoch = steps_per_epoch
         self.label_noise = label_noise
-        self.num_workers = num_workers
         self.predict_images = predict_images
-        self.eval_batch_size = eval_batch_size
-        self.seed = seed
-        for name in ("batch_size", "unlabeled_ratio", "steps_per_epoch", "eval_batch_size"):
+        for name in ("batch_size", "unlabeled_ratio", "steps_per_epoch"):
             check_least(name, getattr(self, name), 1)
-        for name in ("num_workers", "seed"):
-            check_least(name, getattr(self, name), 0)
         if augment not in ("batch", "workers"):
             msg = f'Expected argument `augment` to be "batch" or "workers", but got {augment!r}.'
             raise ValueError(msg)
@@ -142,25 +132,9 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
         self._names: dict[StreamName, tuple[str, ...]] = {"labeled": ("weak",), "unlabeled": ("weak", "strong")}
         self._selected: dict[StreamName, Int64Array | None] = {}
         self._pools: dict[StreamName, Pool] = {}
-        self._data: Prepared | None = None
         self._predict: EvalImages | None = None
 
     # ---------------------------------------------------------------- what a module may ask
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; known before `setup`, as the command line gives it to the model."""
-        return len(self.source.class_names)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes; their positions are the class ids."""
-        return self.source.class_names
-
-    @property
-    def image_channels(self) -> int:
-        """1 for grey images, 3 for colour."""
-        return self.source.image_channels
 
     @property
     def num_labeled(self) -> int:
@@ -250,18 +224,6 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
 
     # ---------------------------------------------------------------- reading
 
-    def check(self) -> None:
-        """Look whether there are images, without reading any: the command line asks before the stages run.
-
-        Raises:
-            FileNotFoundError: If the root or the images in it are missing.
-        """
-        self.source.check()
-
-    def prepare_data(self) -> None:
-        """Download what the source lacks, if it is told to."""
-        self.source.prepare()
-
     def setup(self, stage: str = "fit") -> None:
         """Find, check and decode the images once, and choose the labelled ones.
 
@@ -273,26 +235,12 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
                 self._predict = images_of_folder(self.predict_images, self.reading, self.image_channels)
         elif self._data is None:
             data = prepare(self.source, self.reading, self.plan, self.label_noise)
-            self.counts = {name: len(getattr(data.split, name)) for name in ("labeled", "unlabeled", "val", "test")}
-            self.fingerprint = data.fingerprint
-            self._data = data
-
-    def _ready(self) -> Prepared:
-        if self._data is None:
-            msg = "Call `setup` before asking for images: they have not been read yet."
-            raise RuntimeError(msg)
-        return self._data
+            uses = ("labeled", "unlabeled", "val", "test")
+            self._settle(data, {name: len(getattr(data.split, name)) for name in uses})
 
     def _rows(self, split: StreamName) -> Int64Array:
         data = self._ready()
         return data.split.labeled if split == "labeled" else data.split.unlabeled
-
-    def _given(self, rows: Int64Array) -> Tensor:
-        return self._ready().labels[torch.from_numpy(rows)]
-
-    def _images(self, rows: Int64Array) -> EvalImages:
-        data = self._ready()
-        return EvalImages(data.store, rows, self._given(rows), [data.keys[row] for row in rows])
 
     # ---------------------------------------------------------------- loaders
 
@@ -343,19 +291,6 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
                 made[stream] = {**keyed(views(images, names, generator), names, stream), **part}
         return made
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
-        """Return validation batches; an empty list if there are no validation images."""
-        rows = self._ready().split.val
-        return self._eval_loader(self._images(rows)) if len(rows) else []
-
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return test batches.
-
-        Raises:
-            ValueError: If there are no test images.
-        """
-        return self._eval_loader(self._tested())
-
     def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the images of `predict_images`, or those to test on.
 
@@ -365,33 +300,3 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
         if self.predict_images is not None:
             self.setup("predict")
         return self._eval_loader(self._tested() if self._predict is None else self._predict, pad=False)
-
-    def _tested(self) -> EvalImages:
-        rows = self._ready().split.test
-        if not len(rows):
-            msg = (
-                f"There are no test images in {self.source.place}. Add some (see its layout), or set "
-                "`predict_images` to predict a folder."
-            )
-            raise ValueError(msg)
-        return self._images(rows)
-
-    def _eval_loader(self, images: EvalImages, pad: bool = True) -> DataLoader[dict[str, Tensor]]:
-        sampler = EvalSampler(len(images), pad)
-        # A batch comes as one from `__getitems__`; there is nothing to put together.
-        # By name: Lightning makes loaders to predict with anew, and gives the size of batches by its name, too.
-        size = self.eval_batch_size
-        return DataLoader(images, batch_size=size, sampler=sampler, collate_fn=_as_it_is, **self._settings())
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "pin_memory": torch.cuda.is_available(),
-            "persistent_workers": self.num_workers > 0,
-            # Its own generator: the default would draw from the global one, and a resumed run would differ by it.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
-
-
-def _as_it_is(batch: T) -> T:
-    return batch

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -68,6 +68,7 @@ class Prepared:
         labels: Given class ids by row, noise included, -1 for images without; true ones for test images.
         truth: True class ids by row, -1 where unknown; for reports only.
         fingerprint: Identifies the images, their uses and given labels.
+        images_fingerprint: Identifies the images and what the source has them for, whatever their labels.
     """
 
     store: PixelStore
@@ -76,6 +77,7 @@ class Prepared:
     labels: Tensor
     truth: Tensor
     fingerprint: str
+    images_fingerprint: str
 
 
 def image_side(source: ImageSource, image_size: int | None) -> int:
@@ -112,7 +114,13 @@ def check_least(name: str, value: int, least: int) -> None:
         raise ValueError(msg)
 
 
-def prepare(source: ImageSource, reading: Reading, plan: LabelPlan, noise: LabelNoise | None) -> Prepared:
+def prepare(
+    source: ImageSource,
+    reading: Reading,
+    plan: LabelPlan,
+    noise: LabelNoise | None,
+    relabel: Callable[[Contents], Contents] | None = None,
+) -> Prepared:
     """List, check and decode the images of a source, choose the labelled ones and make labels wrong where asked to.
 
     Args:
@@ -120,6 +128,7 @@ def prepare(source: ImageSource, reading: Reading, plan: LabelPlan, noise: Label
         reading: How they are read.
         plan: Which labels are used.
         noise: Which of those become wrong; None for none.
+        relabel: Gives the usable images other labels than the source's; None leaves those.
 
     Returns:
         The data set.
@@ -129,6 +138,9 @@ def prepare(source: ImageSource, reading: Reading, plan: LabelPlan, noise: Label
         ValueError: If images or labels cannot be used.
     """
     store, contents = _decode(source, source.read(), reading)
+    images = images_fingerprint(contents)
+    if relabel is not None:
+        contents = relabel(contents)
     names, truth = source.class_names, contents.labels
     roles = np.asarray(contents.roles)
     _require_classes(names)
@@ -147,7 +159,7 @@ def prepare(source: ImageSource, reading: Reading, plan: LabelPlan, noise: Label
         wrong = noise.apply(torch.from_numpy(truth[own]), len(names), lambda places: store.fetch(own[places]))
         labels[own] = wrong.numpy()
     print_of = _fingerprint(contents, split, labels)
-    return Prepared(store, contents.keys, split, torch.from_numpy(labels), torch.from_numpy(truth), print_of)
+    return Prepared(store, contents.keys, split, torch.from_numpy(labels), torch.from_numpy(truth), print_of, images)
 
 
 def images_of_folder(folder: str, reading: Reading, channels: int) -> EvalImages:
@@ -237,13 +249,29 @@ def _require_labels(roles: npt.NDArray[np.str_], known: npt.NDArray[np.bool_], k
         raise ValueError(msg)
 
 
+def images_fingerprint(contents: Contents) -> str:
+    """Identify images and what the source has them for, whatever their labels.
+
+    Args:
+        contents: The images.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    return _digest([f"{key}\t{role}" for key, role in zip(contents.keys, contents.roles, strict=True)], contents)
+
+
 def _fingerprint(contents: Contents, split: Split, labels: Int64Array) -> str:
-    """SHA-256 over names, uses and given labels; of images from memory, whose names say nothing, also over pixels."""
     uses = np.zeros(len(labels), dtype=np.int64)
     for bit, rows in enumerate((split.labeled, split.unlabeled, split.val, split.test)):
         uses[rows] |= 1 << bit
-    lines = sorted(f"{key}\t{use}\t{label}" for key, use, label in zip(contents.keys, uses, labels, strict=True) if use)
-    digest = hashlib.sha256("\n".join(lines).encode())
+    rows_of = zip(contents.keys, uses, labels, strict=True)
+    return _digest([f"{key}\t{use}\t{label}" for key, use, label in rows_of if use], contents)
+
+
+def _digest(lines: list[str], contents: Contents) -> str:
+    """SHA-256 over sorted lines; of images from memory, whose names say nothing, also over pixels."""
+    digest = hashlib.sha256("\n".join(sorted(lines)).encode())
     if contents.images is not None:
-        digest.update(np.ascontiguousarray(contents.images[:: max(len(labels) // _HASHED, 1)]).tobytes())
+        digest.update(np.ascontiguousarray(contents.images[:: max(len(contents.keys) // _HASHED, 1)]).tobytes())
     return digest.hexdigest()

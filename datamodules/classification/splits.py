@@ -14,6 +14,9 @@ from datamodules.partition import (
     stratified_order,
 )
 
+# Classes whose sizes an error lists.
+_SHOWN = 100
+
 
 @dataclass(frozen=True)
 class LongTail:
@@ -135,13 +138,7 @@ def split_rows(
         ValueError: The labels do not suffice for the plan.
     """
     by_role = {role: np.flatnonzero(np.asarray(roles) == role) for role in ("train", "val", "test")}
-    available = np.bincount(truth[given], minlength=len(names))
-    for label in np.flatnonzero(available == 0).tolist():
-        msg = (
-            f"Expected labelled images of every class, but class {names[label]!r} ({label} of {len(names)} classes) "
-            "has none. Label some, or take the class out."
-        )
-        raise ValueError(msg)
+    available = require_every_class(truth[given], names, "Label some, or take the class out")
     labeled = given[_choose(truth[given], available, names, plan)]
     val = by_role["val"]
     if not len(val) and plan.val_share > 0:
@@ -151,6 +148,34 @@ def split_rows(
         rest = rest[_thin(truth[rest], names, plan.imbalance, plan.seed)]
     unlabeled = np.union1d(rest, labeled) if plan.include_labeled else rest
     return Split(np.sort(labeled), unlabeled.astype(np.int64), np.sort(val), by_role["test"])
+
+
+def require_every_class(labels: Int64Array, names: Sequence[str], remedy: str) -> Int64Array:
+    """Refuse labels among which a class is missing.
+
+    Args:
+        labels: Class ids [N].
+        names: Names of the classes.
+        remedy: What to do about it, without a full stop.
+
+    Returns:
+        Images of each class [K].
+
+    Raises:
+        ValueError: A class has none; shows how many each has.
+    """
+    counts = np.bincount(labels, minlength=len(names))
+    missing = np.flatnonzero(counts == 0).tolist()
+    if missing:
+        shown = [f"{name} {count}" for name, count in zip(names, counts.tolist(), strict=True)]
+        histogram = ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")
+        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        msg = (
+            f"Expected labelled images of every class, but class {names[missing[0]]!r} ({missing[0]} of {len(names)} "
+            f"classes) has none{others}. {remedy}. Images of each class: {histogram}."
+        )
+        raise ValueError(msg)
+    return counts
 
 
 def _choose(labels: Int64Array, available: Int64Array, names: Sequence[str], plan: LabelPlan) -> Int64Array:

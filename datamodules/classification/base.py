@@ -1,0 +1,149 @@
+"""What the datamodules of images with a class share: they differ in what a training batch holds."""
+
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.classification.contents import ImageSource, Int64Array
+from datamodules.classification.prepare import Prepared, Reading, check_least
+from datamodules.classification.streams import EvalImages
+from datamodules.loading import EvalSampler
+
+T = TypeVar("T")
+
+
+class ClassificationDataModule(pl.LightningDataModule):
+    """Images of a source that were read once, and loaders to evaluate on them.
+
+    Args:
+        source: Where images and labels come from.
+        reading: How images are read.
+        num_workers: Processes that fetch batches.
+        eval_batch_size: Images of a batch to evaluate.
+        seed: Seed of the order and the augmentations.
+
+    Attributes:
+        counts: Images per use, after `setup`.
+        fingerprint: Identifies the data, their split and given labels, after `setup`.
+        images_fingerprint: Identifies the images and what the source has them for, whatever their labels, after
+            `setup`.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    # What to do without test images, besides adding some.
+    instead_of_test_images = ""
+
+    def __init__(
+        self, source: ImageSource, reading: Reading, num_workers: int, eval_batch_size: int, seed: int
+    ) -> None:
+        """Check the numbers; no image is read before `setup`."""
+        super().__init__()
+        self.source = source
+        self.image_size = reading.image_size
+        self.reading = reading
+        self.num_workers = num_workers
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        for name, least in (("eval_batch_size", 1), ("num_workers", 0), ("seed", 0)):
+            check_least(name, getattr(self, name), least)
+        self._data: Prepared | None = None
+
+    # ---------------------------------------------------------------- what a module may ask
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; known before `setup`, as the command line gives it to the model."""
+        return len(self.source.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; their positions are the class ids."""
+        return self.source.class_names
+
+    @property
+    def image_channels(self) -> int:
+        """1 for grey images, 3 for colour."""
+        return self.source.image_channels
+
+    # ---------------------------------------------------------------- reading
+
+    def check(self) -> None:
+        """Look whether there are images, without reading any: the command line asks before the stages run.
+
+        Raises:
+            FileNotFoundError: If the root or the images in it are missing.
+        """
+        self.source.check()
+
+    def prepare_data(self) -> None:
+        """Download what the source lacks, if it is told to."""
+        self.source.prepare()
+
+    def _settle(self, data: Prepared, counts: dict[str, int]) -> None:
+        self.counts = counts
+        self.fingerprint = data.fingerprint
+        self.images_fingerprint = data.images_fingerprint
+        self._data = data
+
+    def _ready(self) -> Prepared:
+        if self._data is None:
+            msg = "Call `setup` before asking for images: they have not been read yet."
+            raise RuntimeError(msg)
+        return self._data
+
+    def _given(self, rows: Int64Array) -> Tensor:
+        return self._ready().labels[torch.from_numpy(rows)]
+
+    def _images(self, rows: Int64Array) -> EvalImages:
+        data = self._ready()
+        return EvalImages(data.store, rows, self._given(rows), [data.keys[row] for row in rows])
+
+    # ---------------------------------------------------------------- loaders
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
+        """Return validation batches; an empty list if there are no validation images."""
+        rows = self._ready().split.val
+        return self._eval_loader(self._images(rows)) if len(rows) else []
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return test batches.
+
+        Raises:
+            ValueError: If there are no test images.
+        """
+        return self._eval_loader(self._tested())
+
+    def _tested(self) -> EvalImages:
+        rows = self._ready().split.test
+        if not len(rows):
+            msg = (
+                f"There are no test images in {self.source.place}. Add some (see its layout)"
+                f"{self.instead_of_test_images}."
+            )
+            raise ValueError(msg)
+        return self._images(rows)
+
+    def _eval_loader(self, images: EvalImages, pad: bool = True) -> DataLoader[dict[str, Tensor]]:
+        sampler = EvalSampler(len(images), pad)
+        # A batch comes as one from `__getitems__`; there is nothing to put together.
+        # By name: Lightning makes loaders to predict with anew, and gives the size of batches by its name, too.
+        size = self.eval_batch_size
+        return DataLoader(images, batch_size=size, sampler=sampler, collate_fn=_as_it_is, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+            # Its own generator: the default would draw from the global one, and a resumed run would differ by it.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+
+
+def _as_it_is(batch: T) -> T:
+    return batch

@@ -1,0 +1,212 @@
+"""Images with the labels they were given, for generators that learn from them."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.classification.arrays import DigitsSource
+from datamodules.classification.base import ClassificationDataModule
+from datamodules.classification.contents import ImageSource, Int64Array
+from datamodules.classification.prepare import Reading, check_least, image_side, prepare
+from datamodules.classification.splits import LabelPlan, LongTail, require_every_class
+from datamodules.classification.store import PixelStore
+from datamodules.classification.streams import BatchKey, Drawn, Pool, StreamName, StreamSampler, view_seed
+from datamodules.label_noise import LabelNoise
+from datamodules.loading import LateLoader
+
+_STREAM: StreamName = "labeled"
+
+
+class GenerationDataModule(ClassificationDataModule):
+    """All training images that have a label, with the label they were given.
+
+    A training batch is {"image", "label", "index"}, images float32 [B, C, H, W] in [0, 1]; with `flip` also "flip",
+    bool [B]: which images are mirrored. `label` is the given label, noise included, when trained and validated on, and
+    the true one when tested on. Images of one split are numbered from 0 (`index`); -1 in a batch to evaluate marks a
+    filler. What a source has hidden labels for (see ArraySource) is not trained on, and they are never looked at.
+
+    The images are an endless series of seeded permutations, cut into batches of one size. Order and flips of a batch
+    are functions of `seed`, epoch and rank, so that a fit that goes on from a checkpoint sees what it would have seen.
+
+    Args:
+        source: Where images and labels come from; None takes scikit-learn's digits.
+        image_size: Side in pixels that images are resized to (the short side, then the middle is cut out); None takes
+            the source's own.
+        batch_size: Images a batch, on each device.
+        val_share: Share of the labelled images to validate on, in [0, 1), in proportion to the classes. Without
+            meaning for a source with validation images of its own.
+        split_seed: Seed of that choice, and of the images that `imbalance` leaves.
+        label_noise: Makes given labels wrong, those of images held out by `val_share` included; never those of test
+            images, and of validation images of the source's own.
+        flip: Mirror every second image, by chance. Digits do not survive it.
+        steps_per_epoch: Batches of an epoch; None takes as many whole ones as there are images for, at least one.
+            Images that one epoch leaves out are the first of the next.
+        imbalance: Makes the classes unequal (`gamma_labeled`).
+        num_workers: Processes that fetch batches; 0 does it in the training process, which is enough while images
+            are in memory.
+        cache_megabytes: Memory for decoded images; if they need more they are decoded on every access.
+        on_bad_file: Stop at unusable files, or skip and log each.
+        max_bad_share: Share of unusable files above which skipping gives up, in [0, 1].
+        eval_batch_size: Images of a batch to evaluate.
+        seed: Seed of the order and the flips.
+
+    Raises:
+        ValueError: If an argument is out of range; in `setup`, if images or labels cannot be used.
+        FileNotFoundError: In `setup`, if the images are missing.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | None = None,
+        image_size: int | None = None,
+        batch_size: int = 128,
+        val_share: float = 0.0,
+        split_seed: int = 0,
+        label_noise: LabelNoise | None = None,
+        flip: bool = False,
+        steps_per_epoch: int | None = None,
+        imbalance: LongTail | None = None,
+        num_workers: int = 0,
+        cache_megabytes: int = 4096,
+        on_bad_file: Literal["error", "skip"] = "error",
+        max_bad_share: float = 0.05,
+        eval_batch_size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        """Check the arguments; no image is read before `setup`."""
+        source = DigitsSource() if source is None else source
+        reading = Reading(image_side(source, image_size), cache_megabytes, on_bad_file, max_bad_share)
+        super().__init__(source, reading, num_workers, eval_batch_size, seed)
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        check_least("batch_size", batch_size, 1)
+        if steps_per_epoch is not None:
+            check_least("steps_per_epoch", steps_per_epoch, 1)
+        check_least("split_seed", split_seed, 0)
+        if imbalance is not None and imbalance.gamma_unlabeled is not None:
+            msg = (
+                "Expected argument `imbalance` without `gamma_unlabeled`, but got "
+                f"{imbalance.gamma_unlabeled}: only labelled images are trained on here. Leave it out."
+            )
+            raise ValueError(msg)
+        self.plan = LabelPlan(seed=split_seed, val_share=val_share, imbalance=imbalance)
+        self.label_noise = label_noise
+        self.flip = flip
+        self._with_images = True
+        self._train: _GivenImages | None = None
+
+    # ---------------------------------------------------------------- what a module may ask
+
+    @property
+    def num_images(self) -> int:
+        """Images to train on, after `setup`."""
+        return len(self._ready().split.labeled)
+
+    @property
+    def class_counts(self) -> Tensor:
+        """Training images of each given label, int64 [K], after `setup`."""
+        return torch.bincount(self._given(self._ready().split.labeled), minlength=self.num_classes)
+
+    @property
+    def transition_matrix(self) -> Tensor | None:
+        """T[i, j] = p(given label j | true class i), float64 [K, K]; None where nobody knows it.
+
+        It is that of `label_noise` (the identity without), so it tells of labels that were made wrong here, and takes
+        those of the source for true.
+        """
+        if self.label_noise is None:
+            return torch.eye(self.num_classes, dtype=torch.float64)
+        return self.label_noise.matrix(self.num_classes)
+
+    def leave_out_images(self) -> None:
+        """Leave "image" out of training batches, for a module that keeps what it needs of each image by its index.
+
+        Call it before the first training batch is asked for.
+        """
+        self._with_images = False
+        if self._train is not None:
+            self._train.with_images = False
+
+    def sweep_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return all training images in order and as they are: "image", "label" and "index", shared among ranks."""
+        return self._eval_loader(self._images(self._ready().split.labeled))
+
+    # ---------------------------------------------------------------- reading
+
+    def setup(self, stage: str = "fit") -> None:
+        """Find, check and decode the images once, and choose those to validate on.
+
+        Args:
+            stage: fit, validate, test or predict; all need the same.
+
+        Raises:
+            FileNotFoundError: If the images are missing.
+            ValueError: If images or labels cannot be used, or a class has no training image.
+        """
+        if self._data is None:
+            data = prepare(self.source, self.reading, self.plan, self.label_noise)
+            given = data.labels.numpy()[data.split.labeled]
+            remedy = "Lower the rate of `label_noise`, choose another seed of it, or add images"
+            require_every_class(given, self.class_names, remedy)
+            parts = {"train": data.split.labeled, "val": data.split.val, "test": data.split.test}
+            self._settle(data, {name: len(rows) for name, rows in parts.items()})
+
+    # ---------------------------------------------------------------- loaders
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return training batches, whose order depends on `seed` and the epoch only."""
+        data = self._ready()
+        rows, size = data.split.labeled, self.batch_size
+        pool = Pool(len(rows), size)
+        sampler = StreamSampler({_STREAM: pool}, 1, self.seed)
+        # On all ranks together: more of them take fewer steps.
+        steps = self.steps_per_epoch or max(len(rows) // (size * sampler.num_replicas), 1)
+        sampler.num_samples = steps
+        flip_seed = self.seed if self.flip else None
+        self._train = _GivenImages(data.store, rows, self._given(rows), steps, flip_seed, self._with_images)
+        return LateLoader(self._train, batch_size=None, sampler=sampler, **self._settings())
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the training images in order, as `sweep_dataloader` does but without fillers."""
+        return self._eval_loader(self._images(self._ready().split.labeled), pad=False)
+
+
+@dataclass
+class _GivenImages(Dataset[dict[str, Any]]):
+    """Fetches the whole batch that a key of StreamSampler asks for."""
+
+    store: PixelStore
+    rows: Int64Array
+    labels: Tensor
+    steps: int
+    flip_seed: int | None
+    with_images: bool
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, key: BatchKey) -> dict[str, Tensor]:
+        drawn = key[_STREAM]
+        index = torch.from_numpy(drawn.index)
+        batch = {"label": self.labels[index], "index": index}
+        if self.flip_seed is not None:
+            batch["flip"] = _flips(drawn, self.flip_seed)
+        if self.with_images:
+            image = self.store.fetch(self.rows[drawn.index])
+            if "flip" in batch:
+                image[batch["flip"]] = image[batch["flip"]].flip(-1)
+            batch["image"] = image.float().div_(255)
+        return batch
+
+
+def _flips(drawn: Drawn, seed: int) -> Tensor:
+    """Which images of a batch are mirrored: every rank takes its own of the whole batch's."""
+    rank = drawn.draw % drawn.stride
+    first = drawn.draw - rank
+    generator = np.random.default_rng(view_seed(seed, _STREAM, first))
+    whole = generator.random(len(drawn.index) * drawn.stride) < 0.5
+    return torch.from_numpy(whole[rank :: drawn.stride].copy())
