@@ -195,11 +195,13 @@ class BaseModule(pl.LightningModule):
             groups = [{"params": list(split.trunk_parameters())}, {"params": list(split.head_parameters())}]
             optimizer = self._make_optimizer(groups)
             optimizer.param_groups[0]["lr"] *= self.trunk_lr_scale
+        self.extend_optimizer(optimizer)
         if self._make_lr_scheduler is None:
             return optimizer
         scheduler = self._make_lr_scheduler(optimizer)
         rates = [group["lr"] for group in optimizer.param_groups]
-        if len(rates) == 2 and not math.isclose(rates[0], rates[1] * self.trunk_lr_scale, rel_tol=1e-6):
+        apart = self.trunk_lr_scale != 1.0
+        if apart and not math.isclose(rates[0], rates[1] * self.trunk_lr_scale, rel_tol=1e-6):
             msg = (
                 f"Expected an `lr_scheduler` that keeps `trunk_lr_scale` {self.trunk_lr_scale}, but "
                 f"{type(scheduler).__name__} sets one rate for all ({rates[0]:g}, {rates[1]:g}); give it two rates, or "
@@ -210,6 +212,13 @@ class BaseModule(pl.LightningModule):
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             config |= {"interval": "epoch", "monitor": getattr(scheduler, "monitor", "val_loss")}
         return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]  # a TypedDict of Lightning
+
+    def extend_optimizer(self, optimizer: Optimizer) -> None:
+        """Add what a module trains beside its network; called before the schedule is built.
+
+        Args:
+            optimizer: The optimiser of the network.
+        """
 
     def optimizer_step(
         self,
@@ -280,6 +289,20 @@ class BaseModule(pl.LightningModule):
         require_same_tensors(self.state_dict(), checkpoint["state_dict"])
         self._run_seed = checkpoint.get("run_seed")
         self.goes_on = True
+
+    def require_classes_of_data(self, num_classes: int) -> None:
+        """Compare the module's number of classes with the datamodule's, where that knows it.
+
+        Raises:
+            ValueError: They differ.
+        """
+        of_data = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if of_data is not None and of_data != num_classes:
+            msg = (
+                f"Expected `num_classes` to be the data's, got {num_classes} for the module and {of_data} from "
+                f"the datamodule; build the module with num_classes={of_data}."
+            )
+            raise ValueError(msg)
 
     def require_finite(self, loss: Tensor, **terms: Tensor) -> Tensor:
         """Return the loss if it is finite.

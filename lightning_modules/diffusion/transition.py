@@ -125,6 +125,33 @@ def reverse_transition(matrix: Tensor, prior: Tensor | None = None) -> Tensor:
     return joint / given
 
 
+def given_log_likelihood(log_posterior: Tensor, label: Tensor, log_transition: Tensor) -> Tensor:
+    """Log-probabilities of given labels, log sum_i q_i T[i, label] (forward correction, Patrini et al. 1609.03683).
+
+    Args:
+        log_posterior: log q, the log-probabilities of the clean classes [B, K].
+        label: Given labels [B].
+        log_transition: log T [K, K]; -inf where T is 0.
+
+    Returns:
+        [B].
+    """
+    return torch.logsumexp(log_posterior + log_transition[:, label].T, 1)
+
+
+def given_log_posterior(log_posterior: Tensor, log_transition: Tensor) -> Tensor:
+    """Log-probabilities of all given labels, log sum_i q_i T[i, j].
+
+    Args:
+        log_posterior: log q [B, K].
+        log_transition: log T [K, K]; -inf where T is 0.
+
+    Returns:
+        [B, K].
+    """
+    return torch.logsumexp(log_posterior[:, :, None] + log_transition, 1)
+
+
 class IdentityTransition(TransitionMatrix):
     """Given labels are right."""
 
