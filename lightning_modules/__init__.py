@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_modules.diffusion.learned_transition import LearnedTransition as LearnedTransition
     from lightning_modules.diffusion.noise import EDMProcess as EDMProcess
-    from lightning_modules.diffusion.noise import VPProcess as VPProcess
     from lightning_modules.diffusion.transition import AsymmetricTransition as AsymmetricTransition
     from lightning_modules.diffusion.transition import ConfusionTransition as ConfusionTransition
     from lightning_modules.diffusion.transition import FileTransition as FileTransition
     from lightning_modules.diffusion.transition import IdentityTransition as IdentityTransition
     from lightning_modules.diffusion.transition import SymmetricTransition as SymmetricTransition
     from lightning_modules.diffusion.transition import TransitionMatrix as TransitionMatrix
+    from lightning_modules.diffusion.vp_noise import VPProcess as VPProcess
+    from lightning_modules.diffusion.vp_noise import VPSDEProcess as VPSDEProcess
     from lightning_modules.export import export_checkpoint as export_checkpoint
     from lightning_modules.hybrid_segmentation import HybridSegmentation as HybridSegmentation
     from lightning_modules.ledm_segmentation import LEDMSegmentation as LEDMSegmentation
@@ -98,7 +99,8 @@ _HOMES = {
     "UDA": "lightning_modules.ssl.uda",
     "UViT": "lightning_modules.networks.uvit",
     "VAT": "lightning_modules.ssl.vat",
-    "VPProcess": "lightning_modules.diffusion.noise",
+    "VPProcess": "lightning_modules.diffusion.vp_noise",
+    "VPSDEProcess": "lightning_modules.diffusion.vp_noise",
     "WideResNet": "lightning_modules.networks.wide_resnet",
     "export_checkpoint": "lightning_modules.export",
 }
@@ -147,6 +149,7 @@ __all__ = [
     "TimmClassifier",
     "TransitionMatrix",
     "VPProcess",
+    "VPSDEProcess",
     "WideResNet",
     "export_checkpoint",
 ]

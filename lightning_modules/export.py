@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from lightning_modules.checkpoints import load_checkpoint, network_weights
-from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess, VPProcess
+from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess
+from lightning_modules.diffusion.vp_noise import VPProcess, VPSDEProcess
 from lightning_modules.networks.adm_unet import ADMUNet
 from lightning_modules.networks.pretrained import read_arguments, require_free, with_weights
 
@@ -20,7 +21,11 @@ _NETWORK = "model.init_args.network"
 _PROCESS = "model.init_args.process"
 # A checkpoint comes from anywhere: nothing it names is imported, these are recognised.
 _ADM = re.compile(r"(?:lightning_modules\.(?:networks\.(?:adm_unet\.)?)?)?ADMUNet(?:\.(small|from_pretrained))?")
-_PROCESSES: dict[str, type[NoiseProcess]] = {"EDMProcess": EDMProcess, "VPProcess": VPProcess}
+_PROCESSES: dict[str, type[NoiseProcess]] = {
+    "EDMProcess": EDMProcess,
+    "VPProcess": VPProcess,
+    "VPSDEProcess": VPSDEProcess,
+}
 
 
 def export_checkpoint(ckpt_path: str | Path, output_dir: str | Path, overwrite: bool = False) -> dict[str, Any]:

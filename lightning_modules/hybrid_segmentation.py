@@ -12,7 +12,8 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_modules.checkpoints import head_name, load_checkpoint, load_trunk_and_head, network_weights
 from lightning_modules.diffusion.denoisers import JointDenoiser, takes_time
-from lightning_modules.diffusion.noise import NoiseProcess, VPProcess
+from lightning_modules.diffusion.noise import NoiseProcess
+from lightning_modules.diffusion.vp_noise import VPProcess
 from lightning_modules.mask_losses import MaskLoss, mask_loss_per_image, mask_probabilities
 from lightning_modules.mask_module import MaskModule, Split
 from lightning_modules.metrics.binned_mean import BinnedMean

@@ -12,7 +12,8 @@ from torchmetrics import MeanMetric
 
 from lightning_modules.checkpoints import head_name, load_checkpoint, load_trunk_and_head, network_weights
 from lightning_modules.diffusion.denoisers import JointDenoiser, takes_time
-from lightning_modules.diffusion.noise import NoiseProcess, VPProcess
+from lightning_modules.diffusion.noise import NoiseProcess
+from lightning_modules.diffusion.vp_noise import VPProcess
 from lightning_modules.mask_losses import IGNORE, mask_loss_per_image
 from lightning_modules.mask_module import MaskModule, Split
 from lightning_modules.networks.decoder_features import FeatureCache, decoder_maps, require_blocks

@@ -2,7 +2,7 @@
 
 from lightning_modules.diffusion.denoisers import JointDenoiser, PairDenoiser, takes_time
 from lightning_modules.diffusion.fixed_batches import in_fixed_batches
-from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess, VPProcess
+from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess
 from lightning_modules.diffusion.sampler_levels import sampler_sigmas
 from lightning_modules.diffusion.samplers import (
     SAMPLERS,
@@ -16,6 +16,7 @@ from lightning_modules.diffusion.samplers import (
     seeded_generators,
     seeded_noise,
 )
+from lightning_modules.diffusion.vp_noise import VPProcess, VPSDEProcess
 
 __all__ = [
     "SAMPLERS",
@@ -27,6 +28,7 @@ __all__ = [
     "Sampler",
     "SamplerName",
     "VPProcess",
+    "VPSDEProcess",
     "in_fixed_batches",
     "sample",
     "sample_ancestral",

@@ -13,7 +13,9 @@ Time 0 means sigma = 0: the clean image itself, exactly, in training, fine-tunin
 convention for all processes, and neither of the common ones (the first DDPM step has sigma = 0.01, EDM
 starts at sigma_min = 0.002):
 
-- `VPProcess` prepends t = 0 with abar = 1 to the usual table, so the steps of the table are t = 1, ..., T.
+- `VPProcess` (vp_noise.py) prepends t = 0 with abar = 1 to the usual table, so the steps of the table are
+  t = 1, ..., T; `VPSDEProcess`, in continuous time, has t = 0 anyway. Where the network predicts the noise, the
+  coefficients are c_skip = 1 and c_out = 0 there, so the image passes unchanged, and the image weight is 0.
 - `EDMProcess` takes the limit of its coefficients: c_skip = 1 and c_out = 0, so the image passes unchanged;
   the network is told the smallest noise it knows, c_noise = ln(sigma_min) / 4; the image weight, which
   grows without bound as sigma falls, is 0, since nothing is left to denoise.
@@ -22,7 +24,6 @@ A network's other outputs (a mask) are read off F directly and are defined at ev
 """
 
 from abc import ABC, abstractmethod
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -143,101 +144,6 @@ class NoiseProcess(nn.Module, ABC):
         return torch.where(clean, 0.0, sigma).to(device=device or at, dtype=torch.float32)
 
 
-class VPProcess(NoiseProcess):
-    """The variance-preserving process of DDPM, predicting the clean image (x0).
-
-    Times t = 0, 1, ..., T with abar_0 = 1 and abar_t = (1 - beta_1) ... (1 - beta_t); in training t is
-    uniform on all T + 1 of them. Between the table's times, sigma is linear in t.
-
-    Sources: Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239), equation 4; the cosine
-    schedule is equation 17 of Nichol and Dhariwal (arXiv 2102.09672).
-
-    Args:
-        schedule: `linear` raises beta from 1e-4 to 0.02 (for 1000 steps; scaled by 1000 / num_steps
-            otherwise), `cosine` lets abar fall as a squared cosine.
-        num_steps: T.
-        clean_share: Probability of a clean image in training, on top of the 1 / (T + 1) of the process
-            itself.
-
-    Raises:
-        ValueError: If there are too few steps for the schedule, or if `clean_share` is not a probability.
-    """
-
-    def __init__(
-        self,
-        schedule: Literal["linear", "cosine"] = "linear",
-        num_steps: int = 1000,
-        clean_share: float = 0.0,
-    ) -> None:
-        """Tabulate the noise levels."""
-        abar = _abar_table(schedule, num_steps)
-        table = ((1 - abar) / abar).sqrt()
-        super().__init__(float(table[1]), float(table[-1]), clean_share)
-        self.schedule = schedule
-        self.num_steps = num_steps
-        # Not a buffer: `.half()` and its kin would round the table, and a checkpoint has no use for it.
-        self._tables = {torch.device("cpu"): table}
-
-    def _table(self, device: torch.device) -> Tensor:
-        if device not in self._tables:
-            table = self._tables[torch.device("cpu")]
-            self._tables[device] = table.to(device=device, dtype=_wide_dtype(device))
-        return self._tables[device]
-
-    def c_skip(self, sigma: Tensor) -> Tensor:
-        """Return 0: the network's output is the image."""
-        return torch.zeros_like(sigma, dtype=torch.float32)
-
-    def c_out(self, sigma: Tensor) -> Tensor:
-        """Return 1: the network's output is the image."""
-        return torch.ones_like(sigma, dtype=torch.float32)
-
-    def c_in(self, sigma: Tensor) -> Tensor:
-        """Return sqrt(abar) = 1 / sqrt(1 + sigma^2)."""
-        return (1 + _wide(sigma) ** 2).rsqrt().float()
-
-    def c_noise(self, sigma: Tensor) -> Tensor:
-        """Return the time t in [0, T], a fraction between the times of the table; T above `sigma_max`."""
-        table = self._table(sigma.device)
-        sigma = _wide(sigma).contiguous()
-        above = torch.searchsorted(table, sigma).clamp(1, self.num_steps)
-        low, high = table[above - 1], table[above]
-        return (above - 1 + (sigma - low) / (high - low)).clamp(0, self.num_steps).float()
-
-    def image_weight(self, sigma: Tensor) -> Tensor:
-        """Return 1: the loss is the plain squared error of the image at every noise level."""
-        return torch.ones_like(sigma, dtype=torch.float32)
-
-    def level(self, sigma: Tensor) -> Tensor:
-        """Return t / T."""
-        return self.c_noise(sigma) / self.num_steps
-
-    def sigma_at(self, level: Tensor | float) -> Tensor:
-        """Return sigma at t = level * T."""
-        return self._sigma_at_time(_wide(torch.as_tensor(level)) * self.num_steps).float()
-
-    def sigmas(self, num_steps: int) -> Tensor:
-        """Return sigma at equally spaced times from T to 0."""
-        _check_steps(num_steps)
-        return self._sigma_at_time(
-            torch.linspace(self.num_steps, 0, num_steps + 1, dtype=torch.float64, device="cpu")
-        ).float()
-
-    def settings(self) -> dict[str, str | float]:
-        """Return the schedule and its length."""
-        return {"class": "VPProcess", "schedule": self.schedule, "num_steps": self.num_steps}
-
-    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        t = torch.randint(self.num_steps + 1, (n,), generator=generator, device=device)
-        return self._table(device)[t]
-
-    def _sigma_at_time(self, t: Tensor) -> Tensor:
-        table = self._table(t.device)
-        t = t.clamp(0, self.num_steps)
-        below = t.floor().long().clamp(max=self.num_steps - 1)
-        return torch.lerp(table[below], table[below + 1], t - below)
-
-
 class EDMProcess(NoiseProcess):
     """The variance-exploding process and the preconditioning of EDM (arXiv 2206.00364, table 1, last column).
 
@@ -286,7 +192,7 @@ class EDMProcess(NoiseProcess):
 
     def c_out(self, sigma: Tensor) -> Tensor:
         """Return sigma * sigma_data / sqrt(sigma^2 + sigma_data^2)."""
-        return (_wide(sigma) * self.sigma_data * self._variance(sigma).rsqrt()).float()
+        return (wide(sigma) * self.sigma_data * self._variance(sigma).rsqrt()).float()
 
     def c_in(self, sigma: Tensor) -> Tensor:
         """Return 1 / sqrt(sigma^2 + sigma_data^2)."""
@@ -294,23 +200,23 @@ class EDMProcess(NoiseProcess):
 
     def c_noise(self, sigma: Tensor) -> Tensor:
         """Return ln(max(sigma, sigma_min)) / 4."""
-        return (_wide(sigma).clamp(min=self.sigma_min).log() / 4).float()
+        return (wide(sigma).clamp(min=self.sigma_min).log() / 4).float()
 
     def image_weight(self, sigma: Tensor) -> Tensor:
         """Return 1 / c_out^2 = (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2, and 0 at sigma = 0."""
-        wide = _wide(sigma)
-        noisy = wide > 0
+        level = wide(sigma)
+        noisy = level > 0
         # Masked before the division, not after: an infinity would come back as NaN in the gradient.
-        product = torch.where(noisy, wide * self.sigma_data, 1.0)
+        product = torch.where(noisy, level * self.sigma_data, 1.0)
         return torch.where(noisy, self._variance(sigma) / product**2, 0.0).float()
 
     def level(self, sigma: Tensor) -> Tensor:
         """Return (sigma / sigma_max)^(1 / rho)."""
-        return (_wide(sigma) / self.sigma_max).clamp(0, 1).pow(1 / self.rho).float()
+        return (wide(sigma) / self.sigma_max).clamp(0, 1).pow(1 / self.rho).float()
 
     def sigma_at(self, level: Tensor | float) -> Tensor:
         """Return sigma_max * level^rho."""
-        return (self.sigma_max * _wide(torch.as_tensor(level)).clamp(0, 1).pow(self.rho)).float()
+        return (self.sigma_max * wide(torch.as_tensor(level)).clamp(0, 1).pow(self.rho)).float()
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Return the steps of equation 5, from sigma_max over sigma_min to 0."""
@@ -322,11 +228,11 @@ class EDMProcess(NoiseProcess):
         return {"class": "EDMProcess", **{name: float(getattr(self, name)) for name in names}}
 
     def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        normal = torch.randn(n, generator=generator, device=device, dtype=_wide_dtype(device))
+        normal = torch.randn(n, generator=generator, device=device, dtype=wide_dtype(device))
         return (self.p_mean + self.p_std * normal).exp()
 
     def _variance(self, sigma: Tensor) -> Tensor:
-        return _wide(sigma) ** 2 + self.sigma_data**2
+        return wide(sigma) ** 2 + self.sigma_data**2
 
 
 def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
@@ -344,48 +250,40 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
     Raises:
         ValueError: If `num_steps` is below 1.
     """
-    _check_steps(num_steps)
+    require_steps(num_steps)
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64, device="cpu")
     start, end = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     positive = (start + ramp * (end - start)) ** rho
     return torch.cat([positive, positive.new_zeros(1)]).float()
 
 
-def _wide_dtype(device: torch.device) -> torch.dtype:
-    # Apple's GPUs have no float64.
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the type that noise levels are computed in: float64, but float32 on Apple's GPUs, which have no other.
+
+    Args:
+        device: Where the levels are.
+    """
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(_wide_dtype(x.device))
+def wide(x: Tensor) -> Tensor:
+    """Convert noise levels to the type that they are computed in.
+
+    Args:
+        x: The levels, of any shape.
+    """
+    return x.to(wide_dtype(x.device))
 
 
-def _check_steps(num_steps: int) -> None:
+def require_steps(num_steps: int) -> None:
+    """Refuse a sampler or a schedule without a step.
+
+    Args:
+        num_steps: Number of steps.
+
+    Raises:
+        ValueError: If it is below 1.
+    """
     if num_steps < 1:
         msg = f"Expected `num_steps` to be at least 1, got {num_steps}."
         raise ValueError(msg)
-
-
-def _abar_table(schedule: Literal["linear", "cosine"], num_steps: int) -> Tensor:
-    """Return abar at t = 0, ..., num_steps in float64, 1 first."""
-    _check_steps(num_steps)
-    match schedule:
-        case "linear":
-            scale = 1000 / num_steps
-            beta = torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64, device="cpu")
-        case "cosine":
-            s = 0.008
-            t = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64, device="cpu")
-            falling = torch.cos((t + s) / (1 + s) * torch.pi / 2) ** 2
-            # The last ratio is 0, which would leave nothing of the image.
-            beta = (1 - falling[1:] / falling[:-1]).clamp(max=0.999)
-        case _:
-            msg = f"Expected `schedule` to be 'linear' or 'cosine', got {schedule!r}."
-            raise ValueError(msg)
-    if bool((beta >= 1).any()):
-        msg = (
-            f"Expected `num_steps` above 20 for the linear schedule, got {num_steps}: it would remove more "
-            f"than the whole image in one step. Use more steps here and fewer in the sampler (`sigmas`)."
-        )
-        raise ValueError(msg)
-    return torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), torch.cumprod(1 - beta, 0)])

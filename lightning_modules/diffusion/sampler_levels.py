@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from lightning_modules.diffusion.noise import NoiseProcess, VPProcess, karras_sigmas
+from lightning_modules.diffusion.noise import NoiseProcess, karras_sigmas
 from lightning_modules.diffusion.samplers import SamplerName
+from lightning_modules.diffusion.vp_noise import VariancePreserving
 
 _VISIBLE = 80.0
 """Noise level beyond which nothing of an image in [-1, 1] can be seen."""
@@ -26,6 +27,6 @@ def sampler_sigmas(process: NoiseProcess, sampler: SamplerName, num_steps: int) 
     Raises:
         ValueError: If `num_steps` is below 1.
     """
-    if sampler != "heun" or not isinstance(process, VPProcess):
+    if sampler != "heun" or not isinstance(process, VariancePreserving):
         return process.sigmas(num_steps)
     return karras_sigmas(num_steps, process.sigma_min, min(process.sigma_max, _VISIBLE))

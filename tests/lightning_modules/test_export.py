@@ -116,7 +116,7 @@ def test_what_diffusers_has_no_place_for_stands_beside_it(trained: Path) -> None
         "mask_loss": "mse",
         "process": {
             "class_path": "lightning_modules.VPProcess",
-            "init_args": {"schedule": "linear", "num_steps": 1000, "clean_share": 0.0},
+            "init_args": {"schedule": "linear", "num_steps": 1000, "clean_share": 0.0, "prediction": "x0"},
         },
         "clean_image": {"scale": 1.0, "timestep": 0.0},
     }

@@ -11,7 +11,8 @@ from tiny_nets import adamw, squares_loader, tiny_trainer, tiny_unet
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_modules.diffusion.noise import EDMProcess, VPProcess
+from lightning_modules.diffusion.noise import EDMProcess
+from lightning_modules.diffusion.vp_noise import VPProcess
 from lightning_modules.hybrid_segmentation import HybridSegmentation
 from lightning_modules.ledm_segmentation import LEDMSegmentation, Verdict
 from lightning_modules.mask_module import MaskModule

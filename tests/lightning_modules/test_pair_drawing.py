@@ -8,8 +8,9 @@ from tiny_nets import tiny_unet
 from torch import Tensor, nn
 
 from datamodules import draw_request
-from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess, VPProcess
+from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess
 from lightning_modules.diffusion.samplers import SAMPLERS, SamplerName
+from lightning_modules.diffusion.vp_noise import VPProcess
 from lightning_modules.hybrid_segmentation import HybridSegmentation, Objective
 from lightning_modules.uncertainty import image_confidence
 

@@ -8,13 +8,16 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_modules.diffusion import EDMProcess, NoiseProcess, VPProcess
+from lightning_modules.diffusion import EDMProcess, JointDenoiser, NoiseProcess, VPProcess, VPSDEProcess
+from lightning_modules.diffusion.vp_noise import Schedule
 
 PROCESSES: list[Callable[..., NoiseProcess]] = [
     VPProcess,
     lambda **k: VPProcess("cosine", 50, **k),
+    lambda **k: VPProcess("scaled_linear", prediction="epsilon", **k),
+    VPSDEProcess,
     EDMProcess,
 ]
 COEFFICIENTS = ("c_skip", "c_out", "c_in", "c_noise", "image_weight", "level")
@@ -69,9 +72,110 @@ def test_cosine_table_by_its_formula() -> None:
     assert last == pytest.approx(penultimate / before * 0.001, rel=1e-4)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_vp_noise_input_is_the_time(schedule: str) -> None:
-    process = VPProcess("linear" if schedule == "linear" else "cosine")
+# Of Stable Diffusion's table, and of abar(t) = exp(-(0.1 t + 9.95 t^2)), computed elsewhere with more digits.
+@pytest.mark.parametrize(
+    ("process", "level", "abar", "digit"),
+    [
+        (VPProcess("scaled_linear"), 0.001, 0.99915, 5e-6),
+        (VPProcess("scaled_linear"), 0.5, 0.277670, 5e-7),
+        (VPProcess("scaled_linear"), 1.0, 0.00466010, 5e-9),
+        (VPSDEProcess(), 1e-4, 0.99999, 5e-6),
+        (VPSDEProcess(), 0.5, 0.0790638, 5e-8),
+        (VPSDEProcess(), 1.0, 4.31857e-5, 5e-11),
+    ],
+)
+def test_printed_values_of_abar(process: NoiseProcess, level: float, abar: float, digit: float) -> None:
+    sigma = process.sigma_at(torch.tensor(level, dtype=torch.float64))
+    # A float32 sigma has seven digits.
+    assert 1 / (1 + sigma.double().item() ** 2) == pytest.approx(abar, abs=digit, rel=2e-7)
+
+
+def test_scaled_linear_table_by_a_loop() -> None:
+    process, abar = VPProcess("scaled_linear", 100), 1.0
+    for t in range(1, 101):
+        root = math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * (t - 1) / 99
+        abar *= 1 - 10 * root**2
+        sigma = process.sigma_at(torch.tensor(t / 100, dtype=torch.float64)).item()
+        assert sigma == pytest.approx(math.sqrt((1 - abar) / abar), rel=1e-5)
+
+
+def test_sde_inverse_against_the_integrated_rate() -> None:
+    process = VPSDEProcess(beta_min=0.3, beta_max=11.0)
+    for t in (1e-6, 1e-4, 0.02, 0.37, 0.9, 1.0):
+        # Simpson's rule is exact for a linear rate.
+        integral = t / 6 * (0.3 + 4 * (0.3 + 10.7 * t / 2) + 0.3 + 10.7 * t)
+        sigma = torch.tensor(math.sqrt(math.exp(integral) - 1), dtype=torch.float64)
+        assert process.level(sigma).item() == pytest.approx(t, rel=1e-6)
+        assert process.c_noise(sigma).item() == pytest.approx(999 * t, rel=1e-6)
+        assert process.sigma_at(torch.tensor(t, dtype=torch.float64)).item() == pytest.approx(sigma.item(), rel=1e-6)
+    constant = VPSDEProcess(beta_min=2.0, beta_max=2.0)
+    assert constant.level(torch.tensor(math.sqrt(math.e - 1))).item() == pytest.approx(0.5)
+
+
+def test_sde_draws_times_uniformly() -> None:
+    t = VPSDEProcess(t_min=0.2).sample_sigma(20_000, torch.Generator().manual_seed(0))
+    t = (VPSDEProcess().level(t).double() - 0.2) / 0.8
+    # Kolmogorov-Smirnov, 99.9 % quantile.
+    assert (t.sort().values - torch.linspace(0, 1, 20_000)).abs().max() < 1.95 / math.sqrt(20_000)
+
+
+def test_the_table_tends_to_the_sde() -> None:
+    # The rates are those of the linear table with infinitely many steps.
+    levels = torch.linspace(0.1, 0.9, 9)
+    table, sde = VPProcess(num_steps=100_000).sigma_at(levels), VPSDEProcess().sigma_at(levels)
+    torch.testing.assert_close(table, sde, rtol=2e-3, atol=0)
+
+
+class Constant(nn.Module):
+    """A network that always sees the same noise."""
+
+    def __init__(self, eps: Tensor) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.eps
+
+
+@pytest.mark.parametrize("process", [VPProcess("cosine", prediction="epsilon"), VPSDEProcess()], ids=["iddpm", "sde"])
+def test_the_weighted_error_of_the_image_is_that_of_the_noise(process: NoiseProcess) -> None:
+    sigma = process.sigma_at(torch.tensor([0.01, 0.1, 0.5, 0.8]))
+    x, eps, guess = torch.randn(3, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    denoised = JointDenoiser(Constant(guess), process)(x + sigma.double()[:, None, None, None] * eps, sigma)
+    error = (denoised - x).square().mean((1, 2, 3)) * process.image_weight(sigma)
+    torch.testing.assert_close(error, (guess - eps).square().mean((1, 2, 3)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("process", [VPProcess(prediction="epsilon"), VPSDEProcess()], ids=["table", "sde"])
+def test_without_noise_there_is_nothing_to_learn_of_it(process: NoiseProcess) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(JointDenoiser(Constant(torch.randn(2, 3, 4, 4)), process)(x, 0.0), x)
+    assert process.image_weight(torch.zeros(2)).tolist() == [0, 0]
+    assert process.c_noise(torch.zeros(2)).tolist() == [0, 0]
+    assert (process.sample_sigma(4000, torch.Generator().manual_seed(0)) >= process.sigma_min * (1 - 1e-6)).all()
+
+
+def test_epsilon_draws_every_time_of_the_table_but_0() -> None:
+    process = VPProcess(num_steps=30, prediction="epsilon")
+    t = process.c_noise(process.sample_sigma(30_000, torch.Generator().manual_seed(0))).round().long()
+    counts = np.bincount(t.numpy(), minlength=31)
+    assert counts[0] == 0
+    # 99.9 % quantile of chi-squared with 29 degrees of freedom.
+    assert ((counts[1:] - 1000) ** 2 / 1000).sum() < 58.3
+
+
+def test_settings_tell_processes_apart_and_stay_as_they_were() -> None:
+    assert VPProcess().settings() == {"class": "VPProcess", "schedule": "linear", "num_steps": 1000}
+    assert VPProcess(prediction="epsilon").settings() == VPProcess().settings() | {"prediction": "epsilon"}
+    assert VPSDEProcess().settings() == {"class": "VPSDEProcess", "beta_min": 0.1, "beta_max": 20.0}
+
+
+SCHEDULES: list[Schedule] = ["linear", "scaled_linear", "cosine"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_vp_noise_input_is_the_time(schedule: Schedule) -> None:
+    process = VPProcess(schedule)
     t = torch.arange(1001)
     sigma = process.sigma_at(t.double() / 1000)
     assert sigma.dtype == torch.float32
@@ -244,7 +348,14 @@ def test_built_inside_a_device_context() -> None:
         (lambda: VPProcess(num_steps=20), r"`num_steps` above 20 for the linear schedule, got 20"),
         (lambda: VPProcess(num_steps=0), r"`num_steps` to be at least 1, got 0"),
         (lambda: VPProcess(clean_share=1.5), r"`clean_share` to be a probability in \[0, 1\], got 1.5"),
-        (lambda: VPProcess(cast(Any, "square")), r"`schedule` to be 'linear' or 'cosine', got 'square'"),
+        (lambda: VPProcess(cast(Any, "square")), r"to be 'linear', 'scaled_linear' or 'cosine', got 'square'"),
+        (lambda: VPProcess("scaled_linear", 12), r"`num_steps` above 12 for the scaled_linear schedule, got 12"),
+        (lambda: VPProcess(prediction=cast(Any, "v")), r"`prediction` to be 'x0' or 'epsilon', got 'v'"),
+        (lambda: VPSDEProcess(beta_min=0.0), r"0 < `beta_min` <= `beta_max`, got 0.0 and 20.0"),
+        (lambda: VPSDEProcess(beta_max=0.01), r"`beta_min` <= `beta_max`, got 0.1 and 0.01"),
+        (lambda: VPSDEProcess(t_min=0.0), r"`t_min` in \(0, 1\), got 0.0"),
+        (lambda: VPSDEProcess(clean_share=2.0), r"`clean_share`"),
+        (lambda: VPSDEProcess().sigmas(0), r"`num_steps` to be at least 1, got 0"),
         (lambda: EDMProcess(sigma_min=0.0), r"0 < `sigma_min` < `sigma_max`, got 0.0 and 80.0"),
         (lambda: EDMProcess(sigma_min=90.0), r"`sigma_min` < `sigma_max`, got 90.0"),
         (lambda: EDMProcess(sigma_data=-1.0), r"`sigma_data` to be a positive number, got -1.0"),
