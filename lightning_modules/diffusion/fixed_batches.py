@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_modules.diffusion.samplers import Denoiser
+from lightning_modules.diffusion.sampler_steps import Denoiser
 
 
 def in_fixed_batches(denoiser: Denoiser, size: int = 8) -> Denoiser:

@@ -14,25 +14,24 @@ batch.) The last level is 0, and what is returned is the last estimate of the de
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-SamplerName = Literal["euler", "heun", "ancestral"]
+from lightning_modules.diffusion.multistep import sample_dpmpp_2m
+from lightning_modules.diffusion.sampler_steps import (
+    Denoiser,
+    OnStep,
+    estimate,
+    falling_levels,
+    initial_state,
+    report,
+)
 
-OnStep = Callable[[int, Tensor], None]
-"""Called after each step with the number of steps done and the newest estimate of the clean image."""
-
-
-class Denoiser(Protocol):
-    """Estimates clean images, E[x | x_sigma]."""
-
-    def __call__(self, x: Tensor, sigma: Tensor, label: Tensor | None = None, /) -> Tensor:
-        """Denoise `x` [B, C, H, W], whose images have the noise levels `sigma` [B]."""
-        ...
+SamplerName = Literal["euler", "heun", "ancestral", "dpmpp_2m"]
 
 
 class Sampler(Protocol):
@@ -139,12 +138,12 @@ def sample_euler(
     Raises:
         ValueError: If a shape does not fit, or if the levels do not decrease to 0.
     """
-    levels, state = _check_levels(sigmas), _wide(x)
+    levels, state = falling_levels(sigmas), initial_state(x)
     for step, (sigma, next_sigma) in enumerate(pairwise(levels), 1):
-        denoised = _denoise(denoiser, state, sigma, label, x.dtype)
+        denoised = estimate(denoiser, state, sigma, label, x.dtype)
         # As a weighted mean of the two, the last step gives `denoised` to the last bit.
         state = denoised + next_sigma / sigma * (state - denoised)
-        _report(on_step, step, denoised, x.dtype)
+        report(on_step, step, denoised, x.dtype)
     return state.to(x.dtype)
 
 
@@ -185,7 +184,7 @@ def sample_heun(
     Raises:
         ValueError: If a shape, a level, an option or the number of generators does not fit.
     """
-    levels, state = _check_levels(sigmas), _wide(x)
+    levels, state = falling_levels(sigmas), initial_state(x)
     _check_options(s_churn=s_churn, s_tmin=s_tmin, s_noise=s_noise)
     if s_churn > 0:
         generators = _check_generators(generators, x)
@@ -195,15 +194,15 @@ def sample_heun(
         if generators is not None and gamma > 0 and s_tmin <= level <= s_tmax:
             sigma = (1 + gamma) * level
             state = state + math.sqrt(sigma**2 - level**2) * s_noise * _noise_like(state, generators)
-        denoised = _denoise(denoiser, state, sigma, label, x.dtype)
+        denoised = estimate(denoiser, state, sigma, label, x.dtype)
         euler = denoised + next_sigma / sigma * (state - denoised)
         if next_sigma > 0:
             slope = (state - denoised) / sigma
-            denoised = _denoise(denoiser, euler, next_sigma, label, x.dtype)
+            denoised = estimate(denoiser, euler, next_sigma, label, x.dtype)
             state = state + (next_sigma - sigma) * (slope + (euler - denoised) / next_sigma) / 2
         else:
             state = euler
-        _report(on_step, step, denoised, x.dtype)
+        report(on_step, step, denoised, x.dtype)
     return state.to(x.dtype)
 
 
@@ -244,20 +243,20 @@ def sample_ancestral(
         ValueError: If a shape or the number of generators does not fit, if the levels do not decrease to 0,
             or if `eta` is out of range.
     """
-    levels, state = _check_levels(sigmas), _wide(x)
+    levels, state = falling_levels(sigmas), initial_state(x)
     if not 0 <= eta <= 1:
         msg = f"Expected `eta` in [0, 1], got {eta}; 0 follows the ODE, 1 is the ancestral sampler of DDPM."
         raise ValueError(msg)
     if eta > 0:
         generators = _check_generators(generators, x)
     for step, (sigma, next_sigma) in enumerate(pairwise(levels), 1):
-        denoised = _denoise(denoiser, state, sigma, label, x.dtype)
+        denoised = estimate(denoiser, state, sigma, label, x.dtype)
         up = eta * next_sigma * math.sqrt(1 - (next_sigma / sigma) ** 2)
         down = math.sqrt(next_sigma**2 - up**2)
         state = denoised + down / sigma * (state - denoised)
         if generators is not None and up > 0:
             state = state + up * _noise_like(state, generators)
-        _report(on_step, step, denoised, x.dtype)
+        report(on_step, step, denoised, x.dtype)
     return state.to(x.dtype)
 
 
@@ -265,6 +264,7 @@ SAMPLERS: dict[SamplerName, Sampler] = {
     "euler": sample_euler,
     "heun": sample_heun,
     "ancestral": sample_ancestral,
+    "dpmpp_2m": sample_dpmpp_2m,
 }
 """The samplers by name, with their default options."""
 
@@ -281,7 +281,7 @@ def sample(
     """Turn noise into images with a sampler of `SAMPLERS`.
 
     Args:
-        name: Which one: `euler` and `heun` follow the ODE, `ancestral` the SDE.
+        name: Which one: `euler`, `heun` and `dpmpp_2m` follow the ODE, `ancestral` the SDE.
         denoiser: Estimates clean images.
         x: Initial state, sigmas[0] * eps, [B, C, H, W].
         sigmas: Decreasing noise levels, the last one 0, such as those of `NoiseProcess.sigmas`.
@@ -299,30 +299,6 @@ def sample(
         msg = f"Expected `name` of a sampler among {sorted(SAMPLERS)}, got {name!r}."
         raise ValueError(msg)
     return SAMPLERS[name](denoiser, x, sigmas, generators=generators, label=label, on_step=on_step)
-
-
-def _wide(x: Tensor) -> Tensor:
-    if x.ndim != 4 or not x.is_floating_point():
-        msg = (
-            f"Expected `x` of shape [B, C, H, W] and a floating type, got {list(x.shape)} of {x.dtype}. "
-            f"Draw it with `seeded_noise` and scale it by sigmas[0]."
-        )
-        raise ValueError(msg)
-    # Steps add up differences that a float32 loses. Apple's GPUs have no float64.
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-
-
-def _check_levels(sigmas: Tensor) -> list[float]:
-    levels: list[float] = sigmas.flatten().tolist()
-    falling = all(after < before < math.inf for before, after in pairwise(levels))
-    if sigmas.ndim != 1 or len(levels) < 2 or not falling or levels[-1] != 0:
-        msg = (
-            f"Expected `sigmas` to be 2 or more decreasing noise levels that end in 0, got "
-            f"{sigmas if len(levels) <= 8 else f'{len(levels)} from {levels[0]:g} to {levels[-1]:g}'}. "
-            f"`NoiseProcess.sigmas` makes them."
-        )
-        raise ValueError(msg)
-    return levels
 
 
 def _check_options(**options: float) -> None:
@@ -345,21 +321,3 @@ def _check_generators(generators: Sequence[torch.Generator] | None, x: Tensor) -
 
 def _noise_like(state: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     return seeded_noise(generators, state.shape[1:], dtype=state.dtype, device=state.device)
-
-
-def _denoise(denoiser: Denoiser, state: Tensor, sigma: float, label: Tensor | None, dtype: torch.dtype) -> Tensor:
-    # 16 bits are too few for a noise level.
-    sigmas = state.new_full((state.shape[0],), sigma, dtype=torch.promote_types(dtype, torch.float32))
-    denoised = denoiser(state.to(dtype), sigmas, label)
-    if denoised.shape != state.shape:
-        msg = (
-            f"Expected `denoiser` to return the shape of `x`, {list(state.shape)}, got {list(denoised.shape)}. "
-            f"Give `x` all channels that are drawn, those of a mask too."
-        )
-        raise ValueError(msg)
-    return denoised.to(state.dtype)
-
-
-def _report(on_step: OnStep | None, step: int, denoised: Tensor, dtype: torch.dtype) -> None:
-    if on_step is not None:
-        on_step(step, denoised.to(dtype))

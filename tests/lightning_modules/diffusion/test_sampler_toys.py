@@ -21,7 +21,7 @@ from lightning_modules.diffusion import (
     seeded_generators,
     seeded_noise,
 )
-from lightning_modules.diffusion.samplers import Denoiser
+from lightning_modules.diffusion.sampler_steps import Denoiser
 
 VP, EDM = VPProcess(), EDMProcess()
 # At least 250 calls of the denoiser each.

@@ -23,7 +23,7 @@ from lightning_modules.diffusion import (
     seeded_generators,
     seeded_noise,
 )
-from lightning_modules.diffusion.samplers import Denoiser
+from lightning_modules.diffusion.sampler_steps import Denoiser
 
 STD = 0.7
 
@@ -295,7 +295,7 @@ def test_bad_options() -> None:
         sample_heun(gaussian, x, sigmas, s_churn=-1)
     with pytest.raises(ValueError, match=r"`s_noise` to be 0 or more and finite, got nan"):
         sample_heun(gaussian, x, sigmas, s_noise=math.nan)
-    with pytest.raises(ValueError, match=r"`name` of a sampler among \['ancestral', 'euler', 'heun'\], got 'ddim'"):
+    with pytest.raises(ValueError, match=r"`name` of a sampler among \['ancestral', 'dpmpp_2m', 'euler', 'heun'\], got 'ddim'"):
         sample("ddim", gaussian, x, sigmas, [])  # type: ignore[arg-type]  # the wrong name is the point
     # PyTorch would take the same images for 0 and 2^32.
     for seeds in ([-1], [2**32], [0.5], [[1, 2]]):
