@@ -18,8 +18,17 @@ if TYPE_CHECKING:
     from lightning_modules.diffusion.vp_noise import VPProcess as VPProcess
     from lightning_modules.diffusion.vp_noise import VPSDEProcess as VPSDEProcess
     from lightning_modules.export import export_checkpoint as export_checkpoint
+    from lightning_modules.feature_extractors import ClassifierFeatures as ClassifierFeatures
+    from lightning_modules.feature_extractors import InceptionFeatures as InceptionFeatures
     from lightning_modules.hybrid_segmentation import HybridSegmentation as HybridSegmentation
     from lightning_modules.ledm_segmentation import LEDMSegmentation as LEDMSegmentation
+    from lightning_modules.metrics.classification_accuracy import (
+        ClassificationAccuracyScore as ClassificationAccuracyScore,
+    )
+    from lightning_modules.metrics.classifier_verdicts import ClassifierScore as ClassifierScore
+    from lightning_modules.metrics.classifier_verdicts import LabelConsistency as LabelConsistency
+    from lightning_modules.metrics.frechet import FrechetDistance as FrechetDistance
+    from lightning_modules.metrics.manifold import ManifoldMetrics as ManifoldMetrics
     from lightning_modules.networks.adm_unet import ADMUNet as ADMUNet
     from lightning_modules.networks.timm_classifier import TimmClassifier as TimmClassifier
     from lightning_modules.networks.uvit import UViT as UViT
@@ -60,6 +69,9 @@ _HOMES = {
     "AdaMatch": "lightning_modules.ssl.adamatch",
     "AdversarialTraining": "lightning_modules.ssl.adversarial_training",
     "AsymmetricTransition": "lightning_modules.diffusion.transition",
+    "ClassificationAccuracyScore": "lightning_modules.metrics.classification_accuracy",
+    "ClassifierFeatures": "lightning_modules.feature_extractors",
+    "ClassifierScore": "lightning_modules.metrics.classifier_verdicts",
     "CoMatch": "lightning_modules.ssl.comatch",
     "ConfusionTransition": "lightning_modules.diffusion.transition",
     "CosineDecay": "lightning_modules.ssl.schedules",
@@ -71,13 +83,17 @@ _HOMES = {
     "FileTransition": "lightning_modules.diffusion.transition",
     "FixMatch": "lightning_modules.ssl.fixmatch",
     "FlexMatch": "lightning_modules.ssl.flexmatch",
+    "FrechetDistance": "lightning_modules.metrics.frechet",
     "FreeMatch": "lightning_modules.ssl.freematch",
     "HybridSegmentation": "lightning_modules.hybrid_segmentation",
     "ICT": "lightning_modules.ssl.ict",
     "IdentityTransition": "lightning_modules.diffusion.transition",
+    "InceptionFeatures": "lightning_modules.feature_extractors",
     "LEDMSegmentation": "lightning_modules.ledm_segmentation",
+    "LabelConsistency": "lightning_modules.metrics.classifier_verdicts",
     "LabelPropagation": "lightning_modules.ssl.label_propagation",
     "LearnedTransition": "lightning_modules.diffusion.learned_transition",
+    "ManifoldMetrics": "lightning_modules.metrics.manifold",
     "MeanTeacher": "lightning_modules.ssl.mean_teacher",
     "MetaPseudoLabels": "lightning_modules.ssl.meta_pseudo_labels",
     "Method": "lightning_modules.ssl.base",
@@ -113,6 +129,9 @@ __all__ = [
     "AdaMatch",
     "AdversarialTraining",
     "AsymmetricTransition",
+    "ClassificationAccuracyScore",
+    "ClassifierFeatures",
+    "ClassifierScore",
     "CoMatch",
     "ConfusionTransition",
     "CosineDecay",
@@ -124,12 +143,16 @@ __all__ = [
     "FileTransition",
     "FixMatch",
     "FlexMatch",
+    "FrechetDistance",
     "FreeMatch",
     "HybridSegmentation",
     "IdentityTransition",
+    "InceptionFeatures",
     "LEDMSegmentation",
+    "LabelConsistency",
     "LabelPropagation",
     "LearnedTransition",
+    "ManifoldMetrics",
     "MeanTeacher",
     "MetaPseudoLabels",
     "Method",

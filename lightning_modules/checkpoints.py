@@ -102,6 +102,33 @@ def network_weights(checkpoint: dict[str, Any], path: str | Path, argument: str)
     raise ValueError(msg)
 
 
+def load_network(network: nn.Module, path: str | Path, argument: str) -> str:
+    """Copy the weights that a fit ended with, averaged where there are such, into a network.
+
+    Args:
+        network: Takes the weights; it is like the one that was trained.
+        path: The checkpoint.
+        argument: The name of the argument that holds the path, for the error.
+
+    Returns:
+        Which weights they are: "EMA" or "last".
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It is none, or of another network.
+    """
+    weights, kind = network_weights(load_checkpoint(path, argument), path, argument)
+    wrong = sorted(set(_differing(network.state_dict(), weights)))
+    if wrong:
+        msg = (
+            f"Expected `{argument}` to hold a network like this one, but {len(wrong)} tensors of {path} differ, "
+            f"{', '.join(wrong[:3])} first; give the network that the checkpoint was trained with."
+        )
+        raise ValueError(msg)
+    network.load_state_dict(weights)
+    return kind
+
+
 def head_name(network: nn.Module) -> str:
     """The dotted name of a network's last layer: its `head` (ADMUNet) or `segmentation_head` (smp).
 
@@ -161,12 +188,13 @@ def load_trunk_and_head(
     return f"replaced, {old} -> {new} output channels, the first {min(keep, old, new)} (image) kept"
 
 
-def require_same_tensors(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+def require_same_tensors(own: dict[str, Tensor], theirs: dict[str, Tensor], argument: str = "ckpt_path") -> None:
     """Compare a module's state with that of the checkpoint it is to go on from.
 
     Args:
         own: The module's state dict.
         theirs: The checkpoint's.
+        argument: The name of the argument that holds the checkpoint's path, for the error.
 
     Raises:
         ValueError: A tensor is missing, too many or of another shape.
@@ -174,7 +202,7 @@ def require_same_tensors(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
     wrong = _differing(own, theirs)
     if wrong:
         msg = (
-            f"Expected `ckpt_path` to hold the same module, but {len(wrong)} tensors differ: "
+            f"Expected `{argument}` to hold the same module, but {len(wrong)} tensors differ: "
             f"{_shapes(theirs, own, wrong)}; give `network` the arguments that the checkpoint was trained with."
         )
         raise ValueError(msg)

@@ -1,6 +1,5 @@
 """What a semi-supervised method may ask of its module: networks, teacher, data sizes, sweeps, processes, turns."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,8 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from lightning_modules.base import BaseModule, ema_weight
-from lightning_modules.checkpoints import load_checkpoint, network_weights
-from lightning_modules.networks.modes import evaluating
+from lightning_modules.checkpoints import load_network
+from lightning_modules.networks.modes import evaluating, fresh_copy
 from lightning_modules.ssl.base import Batch, Method, Split
 from lightning_modules.ssl_data import FeedsMethods, LearnsAugmentation, SharesRates, require_labels, required_parts
 
@@ -94,12 +93,7 @@ class SSLHost(BaseModule):
 
     def new_network(self) -> nn.Module:
         """A network like the trained one with weights of its own, drawn by `reset_parameters` of network or layers."""
-        network = copy.deepcopy(self.network)
-        for part in [network] if hasattr(network, "reset_parameters") else network.modules():
-            reset = getattr(part, "reset_parameters", None)
-            if callable(reset):
-                reset()
-        return network
+        return fresh_copy(self.network)
 
     def load_trained(self, network: nn.Module, path: str, argument: str) -> None:
         """Copy the weights that another fit ended with, averaged where there are such, into a network.
@@ -108,20 +102,7 @@ class SSLHost(BaseModule):
             FileNotFoundError: There is no such checkpoint.
             ValueError: It is none, or of another network.
         """
-        weights, _ = network_weights(load_checkpoint(path, argument), path, argument)
-        own = network.state_dict()
-        wrong = sorted(
-            n
-            for n in own.keys() | weights.keys()
-            if n not in own or n not in weights or own[n].shape != weights[n].shape
-        )
-        if wrong:
-            msg = (
-                f"Expected `{argument}` to hold a network like this one, but {len(wrong)} tensors of {path} differ, "
-                f"{', '.join(wrong[:3])} first; give the method the network that the checkpoint was trained with."
-            )
-            raise ValueError(msg)
-        network.load_state_dict(weights)
+        load_network(network, path, argument)
 
     def gather(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors of all processes, one after the other along the first axis; all must be of one size."""

@@ -1,5 +1,6 @@
-"""Networks that are asked and not trained, and the mode they are asked in."""
+"""Networks that are asked and not trained, the mode they are asked in, and networks that start anew."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,20 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def fresh_copy(network: nn.Module) -> nn.Module:
+    """A network like this one with weights of its own, drawn from torch's global generator.
+
+    Args:
+        network: One with a `reset_parameters`, or whose layers have one.
+    """
+    fresh = copy.deepcopy(network)
+    for part in [fresh] if hasattr(fresh, "reset_parameters") else fresh.modules():
+        reset = getattr(part, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return fresh
 
 
 class Frozen(nn.Module):
