@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_modules.feature_extractors import ClassifierFeatures as ClassifierFeatures
     from lightning_modules.feature_extractors import InceptionFeatures as InceptionFeatures
     from lightning_modules.hybrid_segmentation import HybridSegmentation as HybridSegmentation
+    from lightning_modules.latent_space import LatentSpace as LatentSpace
     from lightning_modules.ledm_segmentation import LEDMSegmentation as LEDMSegmentation
     from lightning_modules.metrics.classification_accuracy import (
         ClassificationAccuracyScore as ClassificationAccuracyScore,
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
     from lightning_modules.metrics.frechet import FrechetDistance as FrechetDistance
     from lightning_modules.metrics.manifold import ManifoldMetrics as ManifoldMetrics
     from lightning_modules.networks.adm_unet import ADMUNet as ADMUNet
+    from lightning_modules.networks.autoencoder import KLAutoencoder as KLAutoencoder
     from lightning_modules.networks.timm_classifier import TimmClassifier as TimmClassifier
     from lightning_modules.networks.uvit import UViT as UViT
     from lightning_modules.networks.wide_resnet import WideResNet as WideResNet
+    from lightning_modules.noisy_label_classifier import NoisyLabelClassifier as NoisyLabelClassifier
     from lightning_modules.ssl.adamatch import AdaMatch as AdaMatch
     from lightning_modules.ssl.adversarial_training import AdversarialTraining as AdversarialTraining
     from lightning_modules.ssl.base import Method as Method
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
     from lightning_modules.ssl.uda import UDA as UDA
     from lightning_modules.ssl.vat import VAT as VAT
     from lightning_modules.ssl_classifier import SSLClassifier as SSLClassifier
+    from lightning_modules.vae_training import VAETraining as VAETraining
 
 _HOMES = {
     "ADMUNet": "lightning_modules.networks.adm_unet",
@@ -89,15 +93,18 @@ _HOMES = {
     "ICT": "lightning_modules.ssl.ict",
     "IdentityTransition": "lightning_modules.diffusion.transition",
     "InceptionFeatures": "lightning_modules.feature_extractors",
+    "KLAutoencoder": "lightning_modules.networks.autoencoder",
     "LEDMSegmentation": "lightning_modules.ledm_segmentation",
     "LabelConsistency": "lightning_modules.metrics.classifier_verdicts",
     "LabelPropagation": "lightning_modules.ssl.label_propagation",
+    "LatentSpace": "lightning_modules.latent_space",
     "LearnedTransition": "lightning_modules.diffusion.learned_transition",
     "ManifoldMetrics": "lightning_modules.metrics.manifold",
     "MeanTeacher": "lightning_modules.ssl.mean_teacher",
     "MetaPseudoLabels": "lightning_modules.ssl.meta_pseudo_labels",
     "Method": "lightning_modules.ssl.base",
     "MixMatch": "lightning_modules.ssl.mixmatch",
+    "NoisyLabelClassifier": "lightning_modules.noisy_label_classifier",
     "NoisyStudent": "lightning_modules.ssl.noisy_student",
     "PiModel": "lightning_modules.ssl.pi_model",
     "PseudoLabel": "lightning_modules.ssl.pseudo_label",
@@ -114,6 +121,7 @@ _HOMES = {
     "TransitionMatrix": "lightning_modules.diffusion.transition",
     "UDA": "lightning_modules.ssl.uda",
     "UViT": "lightning_modules.networks.uvit",
+    "VAETraining": "lightning_modules.vae_training",
     "VAT": "lightning_modules.ssl.vat",
     "VPProcess": "lightning_modules.diffusion.vp_noise",
     "VPSDEProcess": "lightning_modules.diffusion.vp_noise",
@@ -148,15 +156,18 @@ __all__ = [
     "HybridSegmentation",
     "IdentityTransition",
     "InceptionFeatures",
+    "KLAutoencoder",
     "LEDMSegmentation",
     "LabelConsistency",
     "LabelPropagation",
+    "LatentSpace",
     "LearnedTransition",
     "ManifoldMetrics",
     "MeanTeacher",
     "MetaPseudoLabels",
     "Method",
     "MixMatch",
+    "NoisyLabelClassifier",
     "NoisyStudent",
     "PiModel",
     "PseudoLabel",
@@ -171,6 +182,7 @@ __all__ = [
     "TemporalEnsembling",
     "TimmClassifier",
     "TransitionMatrix",
+    "VAETraining",
     "VPProcess",
     "VPSDEProcess",
     "WideResNet",

@@ -1,7 +1,7 @@
 """What every module of the collection shares: optimiser, moving average, repeatable randomness, sane losses."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -324,6 +324,10 @@ class BaseModule(pl.LightningModule):
             )
             raise FloatingPointError(msg)
         return loss
+
+    def _log_agreed(self, values: Mapping[str, Tensor]) -> None:
+        """Log what is the same on every process, where Lightning would warn once a name that it may not be."""
+        self.log_dict(dict(values), sync_dist=True)
 
     def say(self, message: str) -> None:
         """Tell the user something once, from rank zero."""

@@ -209,10 +209,6 @@ class SSLClassifier(SSLHost):
         self._log_agreed({f"train_{name}": value for name, value in self.guesses.summary(self.gather).items()})
         self.guesses.reset()
 
-    def _log_agreed(self, values: Mapping[str, Tensor]) -> None:
-        """Log what is the same on every process, where Lightning would warn once a name that it may not be."""
-        self.log_dict(dict(values), sync_dist=True)
-
     # ---------------------------------------------------------------- evaluation
 
     def _eval_step(self, batch: dict[str, Tensor], split: EvalSplit) -> None:

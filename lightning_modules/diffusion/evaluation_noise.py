@@ -20,10 +20,61 @@ def evaluation_noise(process: NoiseProcess, index: Tensor, like: Tensor) -> tupl
     Returns:
         Noise levels [B] and standard normal noise like the images.
     """
-    level = torch.frac(_GOLDEN * (index.cpu().double() + 1)).float()
+    return process.sigma_at(_places(index).float()).to(like), _noise(index, like)
+
+
+def training_levels(process: NoiseProcess, number: int = 4096) -> Tensor:
+    """Quantiles of the noise levels that training draws, the same whenever they are asked for.
+
+    Args:
+        process: The process.
+        number: How many.
+
+    Returns:
+        Increasing levels [number].
+    """
+    return process.sample_sigma(number, torch.Generator().manual_seed(0)).sort().values
+
+
+def training_noise(levels: Tensor, index: Tensor, like: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw noise that depends on each image's index only, its levels distributed as in training.
+
+    Args:
+        levels: See `training_levels`.
+        index: Numbers of the images, [B], from 0.
+        like: Images [B, ...]: shape, type and device of the noise.
+        num_bins: Bins of equally many levels.
+
+    Returns:
+        Noise levels [B], their bins from 0 (little noise) to num_bins - 1, and standard normal noise like the images.
+    """
+    places = _places(index).to(levels.device)
+    return levels[(places * len(levels)).long()].to(like), (places * num_bins).long(), _noise(index, like)
+
+
+def training_bin(levels: Tensor, sigma: Tensor, num_bins: int) -> Tensor:
+    """Number of the bin of equally many training levels that each level falls into.
+
+    Args:
+        levels: See `training_levels`.
+        sigma: Noise levels [B].
+        num_bins: Number of bins.
+
+    Returns:
+        int64 [B], from 0 (little noise) to num_bins - 1.
+    """
+    places = torch.searchsorted(levels, sigma.contiguous(), right=True)
+    return (places * num_bins // len(levels)).clamp(max=num_bins - 1)
+
+
+def _places(index: Tensor) -> Tensor:
+    return torch.frac(_GOLDEN * (index.cpu().double() + 1))
+
+
+def _noise(index: Tensor, like: Tensor) -> Tensor:
     shape = like.shape[1:]
     eps = [torch.randn(shape, generator=torch.Generator().manual_seed(int(i))) for i in index]
-    return process.sigma_at(level).to(like), torch.stack(eps).to(like)
+    return torch.stack(eps).to(like)
 
 
 def level_bin(process: NoiseProcess, sigma: Tensor, num_bins: int) -> Tensor:
