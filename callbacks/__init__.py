@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from callbacks.metrics_report import MetricsReport, print_metrics_table
     from callbacks.prediction_table import PredictionTable
     from callbacks.pseudo_label_grid import PseudoLabelGrid
+    from callbacks.reconstruction_grid import ReconstructionGrid
     from callbacks.reliability_diagram import ReliabilityDiagram
     from callbacks.stage_transition import StageTransition
     from callbacks.synthetic_image_writer import SyntheticImageWriter
+    from callbacks.transition_grid import TransitionGrid
     from callbacks.uncertainty_grid import UncertaintyGrid
     from callbacks.view_grid import ViewGrid
 
@@ -26,10 +28,12 @@ __all__ = [
     "MetricsReport",
     "PredictionTable",
     "PseudoLabelGrid",
+    "ReconstructionGrid",
     "ReliabilityDiagram",
     "SegmentationGrid",
     "StageTransition",
     "SyntheticImageWriter",
+    "TransitionGrid",
     "UncertaintyGrid",
     "ViewGrid",
     "print_metrics_table",
@@ -42,10 +46,12 @@ _HOMES = {
     "MetricsReport": "callbacks.metrics_report",
     "PredictionTable": "callbacks.prediction_table",
     "PseudoLabelGrid": "callbacks.pseudo_label_grid",
+    "ReconstructionGrid": "callbacks.reconstruction_grid",
     "ReliabilityDiagram": "callbacks.reliability_diagram",
     "SegmentationGrid": "callbacks.image_grid",
     "StageTransition": "callbacks.stage_transition",
     "SyntheticImageWriter": "callbacks.synthetic_image_writer",
+    "TransitionGrid": "callbacks.transition_grid",
     "UncertaintyGrid": "callbacks.uncertainty_grid",
     "ViewGrid": "callbacks.view_grid",
     "print_metrics_table": "callbacks.metrics_report",
