@@ -11,10 +11,13 @@ _VISIBLE = 80.0
 
 
 def sampler_sigmas(process: NoiseProcess, sampler: SamplerName, num_steps: int) -> Tensor:
-    """Return the noise levels of a sampler: the process's own, but for Heun's method in a variance-preserving one.
+    """Return the noise levels of a sampler: the process's own, but for those of second order in a VP process.
 
-    Its trapezoids in sigma go wrong in steps as long as such a process makes them at its noisy end (a cosine schedule
-    starts above 10^4); beyond 80 there is nothing to be seen of an image in [-1, 1].
+    The trapezoids of Heun's method in sigma go wrong in steps as long as a variance-preserving process makes them at
+    its noisy end (a cosine schedule starts above 10^4). DPM-Solver++ does not go wrong there, but times equally spaced
+    waste its order at the clean end: in 20 steps of the linear schedule, pixels of N(0, 0.25^2) lose 19 % of their
+    spread, where they gain 4 % with the levels of `karras_sigmas`. So both take these, cut at 80, beyond which there is
+    nothing to be seen of an image in [-1, 1].
 
     Args:
         process: The process that the network was trained with.
@@ -27,6 +30,6 @@ def sampler_sigmas(process: NoiseProcess, sampler: SamplerName, num_steps: int) 
     Raises:
         ValueError: If `num_steps` is below 1.
     """
-    if sampler != "heun" or not isinstance(process, VariancePreserving):
+    if sampler not in ("heun", "dpmpp_2m") or not isinstance(process, VariancePreserving):
         return process.sigmas(num_steps)
     return karras_sigmas(num_steps, process.sigma_min, min(process.sigma_max, _VISIBLE))

@@ -18,6 +18,7 @@ from lightning_modules.diffusion import (
     VPProcess,
     sample,
     sample_ancestral,
+    sample_dpmpp_2m,
     sample_euler,
     sample_heun,
     seeded_generators,
@@ -45,7 +46,11 @@ def start(
     return sigmas[0] * seeded_noise(generators, (channels, size, size), dtype=torch.float64), generators
 
 
-@pytest.mark.parametrize(("sampler", "order"), [(sample_euler, 1), (sample_heun, 2)], ids=["euler", "heun"])
+@pytest.mark.parametrize(
+    ("sampler", "order"),
+    [(sample_euler, 1), (sample_heun, 2), (sample_dpmpp_2m, 2)],
+    ids=["euler", "heun", "dpmpp_2m"],
+)
 def test_order_of_convergence_on_gaussian_data(sampler: Callable[..., Tensor], order: int) -> None:
     # The exact ODE keeps x / sqrt(STD^2 + sigma^2). The step to sigma = 0 is of first order for all samplers:
     # a tiny sigma_min takes it out of the comparison.
@@ -295,7 +300,7 @@ def test_bad_options() -> None:
         sample_heun(gaussian, x, sigmas, s_churn=-1)
     with pytest.raises(ValueError, match=r"`s_noise` to be 0 or more and finite, got nan"):
         sample_heun(gaussian, x, sigmas, s_noise=math.nan)
-    with pytest.raises(ValueError, match=r"`name` of a sampler among \['ancestral', 'dpmpp_2m', 'euler', 'heun'\], got 'ddim'"):
+    with pytest.raises(ValueError, match=r"sampler among \['ancestral', 'dpmpp_2m', 'euler', 'heun'\], got 'ddim'"):
         sample("ddim", gaussian, x, sigmas, [])  # type: ignore[arg-type]  # the wrong name is the point
     # PyTorch would take the same images for 0 and 2^32.
     for seeds in ([-1], [2**32], [0.5], [[1, 2]]):
