@@ -1,24 +1,28 @@
 """Images with the labels they were given, for generators that learn from them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.classification.arrays import DigitsSource
 from datamodules.classification.base import ClassificationDataModule
-from datamodules.classification.contents import ImageSource, Int64Array
+from datamodules.classification.contents import UNKNOWN, Contents, ImageSource, Int64Array
 from datamodules.classification.prepare import Reading, check_least, image_side, prepare
 from datamodules.classification.splits import LabelPlan, LongTail, require_every_class
 from datamodules.classification.store import PixelStore
 from datamodules.classification.streams import BatchKey, Drawn, Pool, StreamName, StreamSampler, view_seed
 from datamodules.label_noise import LabelNoise
-from datamodules.loading import LateLoader
+from datamodules.loading import LateLoader, world
+from datamodules.pseudo_labels import PseudoLabels, read
 
 _STREAM: StreamName = "labeled"
+_WHY_ONE = "noise on labels that are wrong already would be of no known kind"
 
 
 class GenerationDataModule(ClassificationDataModule):
@@ -42,6 +46,9 @@ class GenerationDataModule(ClassificationDataModule):
         split_seed: Seed of that choice, and of the images that `imbalance` leaves.
         label_noise: Makes given labels wrong, those of images held out by `val_share` included; never those of test
             images, and of validation images of the source's own.
+        pseudo_labels: Folder of a PseudoLabels artifact whose labels take the place of the source's, for training
+            images; a relative folder is below the current directory.
+        min_confidence: Leave out images whose pseudo-label is less sure than that, in [0, 1].
         flip: Mirror every second image, by chance. Digits do not survive it.
         steps_per_epoch: Batches of an epoch; None takes as many whole ones as there are images for, at least one.
             Images that one epoch leaves out are the first of the next.
@@ -56,7 +63,7 @@ class GenerationDataModule(ClassificationDataModule):
 
     Raises:
         ValueError: If an argument is out of range; in `setup`, if images or labels cannot be used.
-        FileNotFoundError: In `setup`, if the images are missing.
+        FileNotFoundError: In `setup`, if the images or the pseudo-labels are missing.
     """
 
     def __init__(
@@ -67,6 +74,8 @@ class GenerationDataModule(ClassificationDataModule):
         val_share: float = 0.0,
         split_seed: int = 0,
         label_noise: LabelNoise | None = None,
+        pseudo_labels: str | None = None,
+        min_confidence: float = 0.0,
         flip: bool = False,
         steps_per_epoch: int | None = None,
         imbalance: LongTail | None = None,
@@ -95,9 +104,29 @@ class GenerationDataModule(ClassificationDataModule):
             raise ValueError(msg)
         self.plan = LabelPlan(seed=split_seed, val_share=val_share, imbalance=imbalance)
         self.label_noise = label_noise
+        self.pseudo_labels = pseudo_labels
+        self.min_confidence = min_confidence
+        self._check_pseudo_labels()
         self.flip = flip
         self._with_images = True
         self._train: _GivenImages | None = None
+
+    def _check_pseudo_labels(self) -> None:
+        if not 0 <= self.min_confidence <= 1:
+            msg = f"Expected argument `min_confidence` to be in [0, 1], but got {self.min_confidence}."
+            raise ValueError(msg)
+        if self.pseudo_labels is None and self.min_confidence > 0:
+            msg = (
+                f"Expected argument `pseudo_labels` with `min_confidence` {self.min_confidence}, but got none: labels "
+                "of a source have no confidence. Leave `min_confidence` out."
+            )
+            raise ValueError(msg)
+        if self.pseudo_labels is not None and self.label_noise is not None:
+            msg = (
+                f"Expected only one of the arguments `label_noise` and `pseudo_labels`, but got both; {_WHY_ONE}. "
+                "Leave one out."
+            )
+            raise ValueError(msg)
 
     # ---------------------------------------------------------------- what a module may ask
 
@@ -116,8 +145,10 @@ class GenerationDataModule(ClassificationDataModule):
         """T[i, j] = p(given label j | true class i), float64 [K, K]; None where nobody knows it.
 
         It is that of `label_noise` (the identity without), so it tells of labels that were made wrong here, and takes
-        those of the source for true.
+        those of the source for true. How wrong pseudo-labels are, nobody knows.
         """
+        if self.pseudo_labels is not None:
+            return None
         if self.label_noise is None:
             return torch.eye(self.num_classes, dtype=torch.float64)
         return self.label_noise.matrix(self.num_classes)
@@ -144,16 +175,30 @@ class GenerationDataModule(ClassificationDataModule):
             stage: fit, validate, test or predict; all need the same.
 
         Raises:
-            FileNotFoundError: If the images are missing.
+            FileNotFoundError: If the images or the pseudo-labels are missing.
             ValueError: If images or labels cannot be used, or a class has no training image.
         """
         if self._data is None:
-            data = prepare(self.source, self.reading, self.plan, self.label_noise)
+            relabel = None if self.pseudo_labels is None else self._relabelled
+            data = prepare(self.source, self.reading, self.plan, self.label_noise, relabel)
             given = data.labels.numpy()[data.split.labeled]
-            remedy = "Lower the rate of `label_noise`, choose another seed of it, or add images"
+            # A class that is never seen would be drawn as noise.
+            remedy = "Lower the rate of `label_noise` or choose another seed of it, lower `val_share`, or add images"
             require_every_class(given, self.class_names, remedy)
             parts = {"train": data.split.labeled, "val": data.split.val, "test": data.split.test}
             self._settle(data, {name: len(rows) for name, rows in parts.items()})
+
+    def _relabelled(self, contents: Contents, images: str) -> Contents:
+        found = read(str(self.pseudo_labels))
+        train = np.asarray(contents.roles) == "train"
+        rows = _matched(found, contents.keys, train)
+        found.require(self.class_names, images)
+        sure = found.table.confidence[rows] >= self.min_confidence
+        labels = np.where(train, np.where(sure, found.table.labels[rows], UNKNOWN), contents.labels)
+        remedy = f"`min_confidence` is {self.min_confidence}: lower it, or label the images with a better module"
+        require_every_class(labels[train & sure], self.class_names, remedy)
+        # All of them may be used: what the source hides are its own labels.
+        return replace(contents, labels=labels, given=None)
 
     # ---------------------------------------------------------------- loaders
 
@@ -161,11 +206,9 @@ class GenerationDataModule(ClassificationDataModule):
         """Return training batches, whose order depends on `seed` and the epoch only."""
         data = self._ready()
         rows, size = data.split.labeled, self.batch_size
-        pool = Pool(len(rows), size)
-        sampler = StreamSampler({_STREAM: pool}, 1, self.seed)
-        # On all ranks together: more of them take fewer steps.
-        steps = self.steps_per_epoch or max(len(rows) // (size * sampler.num_replicas), 1)
-        sampler.num_samples = steps
+        # All ranks share an epoch: more of them take fewer steps.
+        steps = self.steps_per_epoch or max(len(rows) // (size * world()[0]), 1)
+        sampler = StreamSampler({_STREAM: Pool(len(rows), size)}, steps, self.seed)
         flip_seed = self.seed if self.flip else None
         self._train = _GivenImages(data.store, rows, self._given(rows), steps, flip_seed, self._with_images)
         return LateLoader(self._train, batch_size=None, sampler=sampler, **self._settings())
@@ -201,6 +244,25 @@ class _GivenImages(Dataset[dict[str, Any]]):
                 image[batch["flip"]] = image[batch["flip"]].flip(-1)
             batch["image"] = image.float().div_(255)
         return batch
+
+
+def _matched(found: PseudoLabels, keys: Sequence[str], train: npt.NDArray[np.bool_]) -> Int64Array:
+    """Rows of pseudo-labels for images, -1 for those that are not trained on and have none."""
+    rows = found.rows_of(keys)
+    lost = np.flatnonzero(train & (rows < 0))
+    strangers = len(found.table) - int((rows >= 0).sum())
+    if not len(lost) and not strangers:
+        return rows
+    shown = [f"{len(lost)} of {int(train.sum())} training images have none"] if len(lost) else []
+    shown += [f"for example {keys[lost[0]]}"] if len(lost) else []
+    if strangers:
+        shown.append(f"{strangers} of {len(found.table)} are for images that are not there")
+        shown.append(f"for example {found.strangers(keys)[0]}")
+    msg = (
+        f"Expected `pseudo_labels` for every training image of the source and for no others, but of those in "
+        f"{found.folder} {', '.join(shown)}. Label the images anew with the `source` that is trained on here."
+    )
+    raise ValueError(msg)
 
 
 def _flips(drawn: Drawn, seed: int) -> Tensor:

@@ -119,7 +119,7 @@ def prepare(
     reading: Reading,
     plan: LabelPlan,
     noise: LabelNoise | None,
-    relabel: Callable[[Contents], Contents] | None = None,
+    relabel: Callable[[Contents, str], Contents] | None = None,
 ) -> Prepared:
     """List, check and decode the images of a source, choose the labelled ones and make labels wrong where asked to.
 
@@ -128,7 +128,8 @@ def prepare(
         reading: How they are read.
         plan: Which labels are used.
         noise: Which of those become wrong; None for none.
-        relabel: Gives the usable images other labels than the source's; None leaves those.
+        relabel: Gives the usable images, identified by their `images_fingerprint`, other labels than the source's;
+            None leaves those.
 
     Returns:
         The data set.
@@ -138,9 +139,9 @@ def prepare(
         ValueError: If images or labels cannot be used.
     """
     store, contents = _decode(source, source.read(), reading)
-    images = images_fingerprint(contents)
+    images = _images_fingerprint(contents)
     if relabel is not None:
-        contents = relabel(contents)
+        contents = relabel(contents, images)
     names, truth = source.class_names, contents.labels
     roles = np.asarray(contents.roles)
     _require_classes(names)
@@ -249,15 +250,7 @@ def _require_labels(roles: npt.NDArray[np.str_], known: npt.NDArray[np.bool_], k
         raise ValueError(msg)
 
 
-def images_fingerprint(contents: Contents) -> str:
-    """Identify images and what the source has them for, whatever their labels.
-
-    Args:
-        contents: The images.
-
-    Returns:
-        SHA-256 in hexadecimal.
-    """
+def _images_fingerprint(contents: Contents) -> str:
     return _digest([f"{key}\t{role}" for key, role in zip(contents.keys, contents.roles, strict=True)], contents)
 
 
