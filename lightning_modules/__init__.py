@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from lightning_modules.ssl.uda import UDA as UDA
     from lightning_modules.ssl.vat import VAT as VAT
     from lightning_modules.ssl_classifier import SSLClassifier as SSLClassifier
+    from lightning_modules.tdsm_diffusion import TDSMDiffusion as TDSMDiffusion
     from lightning_modules.vae_training import VAETraining as VAETraining
 
 _HOMES = {
@@ -116,6 +117,7 @@ _HOMES = {
     "SoftPseudoLabels": "lightning_modules.ssl.soft_pseudo_labels",
     "Supervised": "lightning_modules.ssl.supervised",
     "SymmetricTransition": "lightning_modules.diffusion.transition",
+    "TDSMDiffusion": "lightning_modules.tdsm_diffusion",
     "TemporalEnsembling": "lightning_modules.ssl.temporal_ensembling",
     "TimmClassifier": "lightning_modules.networks.timm_classifier",
     "TransitionMatrix": "lightning_modules.diffusion.transition",
@@ -179,6 +181,7 @@ __all__ = [
     "SoftPseudoLabels",
     "Supervised",
     "SymmetricTransition",
+    "TDSMDiffusion",
     "TemporalEnsembling",
     "TimmClassifier",
     "TransitionMatrix",

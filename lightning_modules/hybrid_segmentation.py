@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_modules.checkpoints import head_name, load_checkpoint, load_trunk_and_head, network_weights
 from lightning_modules.diffusion.denoisers import JointDenoiser, takes_time
+from lightning_modules.diffusion.evaluation_noise import bin_names, evaluation_noise, level_bin
 from lightning_modules.diffusion.noise import NoiseProcess
 from lightning_modules.diffusion.vp_noise import VPProcess
 from lightning_modules.mask_losses import MaskLoss, mask_loss_per_image, mask_probabilities
@@ -317,27 +318,21 @@ class HybridSegmentation(MaskModule):
         ):
             if term is not None:
                 parts[f"train_{name}_loss"] = term.detach().mean()
-                by_level.update(term.detach(), self._level_bin(sigma))
+                by_level.update(term.detach(), level_bin(self.process, sigma, self.num_level_bins))
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(image))
         self.log_dict(parts, batch_size=len(image))
         return self.require_finite(loss, **parts)
-
-    def _level_bin(self, sigma: Tensor) -> Tensor:
-        """0 for clean images, then the number of the equal bin that the noise level falls into."""
-        number = (self.process.level(sigma) * self.num_level_bins).ceil().long()
-        return torch.where(sigma == 0, 0, number.clamp(1, self.num_level_bins))
 
     def on_train_epoch_end(self) -> None:
         """Log each loss term by noise level."""
         if self.objective != "generative":
             super().on_train_epoch_end()
         n = self.num_level_bins
-        names = ["clean", *(f"level_{k / n:.2f}_to_{(k + 1) / n:.2f}" for k in range(n))]
         for term, by_level in (("image", self.image_by_level), ("mask", self.mask_by_level)):
             means = by_level.compute() if by_level.update_called else torch.full((n + 1,), torch.nan)
             by_level.reset()
             self.log_dict(
-                {f"train_{term}_loss/{name}": m for name, m in zip(names, means, strict=True) if not m.isnan()}
+                {f"train_{term}_loss/{name}": m for name, m in zip(bin_names(n), means, strict=True) if not m.isnan()}
             )
 
     # ---------------------------------------------------------------- evaluation
@@ -360,15 +355,10 @@ class HybridSegmentation(MaskModule):
             self.metrics_of(split).update(self.segment(batch["image"]), batch["mask"])
 
     def _fixed_noise(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Noise that depends on each image's index only, so that losses compare between epochs, runs and ranks."""
         image = batch["image"]
         if self.objective == "supervised":
             return image.new_zeros(len(image)), None
-        golden = 0.6180339887498949  # its multiples fill [0, 1) evenly
-        level = torch.frac(golden * (batch["index"].cpu().double() + 1)).float()
-        shape = image.shape[1:]
-        eps = [torch.randn(shape, generator=torch.Generator().manual_seed(int(i))) for i in batch["index"]]
-        return self.process.sigma_at(level).to(image), torch.stack(eps).to(image)
+        return evaluation_noise(self.process, batch["index"], image)
 
     def _log_eval(self, split: Split) -> None:
         losses, metrics = self._losses_of(split), self.metrics_of(split)

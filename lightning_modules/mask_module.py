@@ -62,13 +62,7 @@ class MaskModule(BaseModule):
         Raises:
             ValueError: They differ.
         """
-        of_data = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
-        if of_data is not None and of_data != self.num_classes:
-            msg = (
-                f"Expected `num_classes` to be the data's, got {self.num_classes} for the module and {of_data} from "
-                f"the datamodule; build the module with num_classes={of_data}."
-            )
-            raise ValueError(msg)
+        self.require_classes_of_data(self.num_classes)
 
     def checked(self, batch: object, *names: str) -> dict[str, Tensor]:
         """Return a batch if it is one: a dict of `image`, `mask` and `index`, as far as they are named.

@@ -1,0 +1,93 @@
+"""The space that a diffusion model works in: pixels, or the latents of an autoencoder."""
+
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.latent_cache import LatentCache
+from lightning_modules.latent_space import LatentSpace
+
+
+class _Sized(Protocol):
+    in_channels: int
+    image_size: int
+
+
+class LatentImages(nn.Module):
+    """Turns images in [0, 1] into what is diffused, and back.
+
+    Args:
+        latent: The autoencoder; None works on pixels, 2 x - 1.
+        cache: Folder for the latents of the training images; None encodes every batch.
+
+    Raises:
+        TypeError: `latent` is none.
+        ValueError: There is a cache and nothing to keep in it.
+    """
+
+    def __init__(self, latent: nn.Module | None, cache: str | None) -> None:
+        super().__init__()
+        if latent is not None and not isinstance(latent, LatentSpace):
+            msg = f"Expected `latent` to be a LatentSpace, got {type(latent).__name__}."
+            raise TypeError(msg)
+        if cache is not None and latent is None:
+            msg = f"Expected `latent` with `latent_cache`, got None and {cache!r}; pixels need no cache."
+            raise ValueError(msg)
+        self.latent = latent
+        self._cache = None if cache is None else LatentCache(cache)
+
+    def image_shape(self, network: _Sized) -> tuple[int, int]:
+        """Side and channels of images that a network's input stands for."""
+        if self.latent is None:
+            return network.image_size, network.in_channels
+        return network.image_size * self.latent.factor, self.latent.image_channels
+
+    def prepare(self, trainer: pl.Trainer, image_size: int) -> None:
+        """Encode all training images once, if there is a cache.
+
+        Args:
+            trainer: Its datamodule has `sweep_dataloader`, `leave_out_images`, `num_images` and `fingerprint`.
+            image_size: Side of the images in pixels.
+
+        Raises:
+            TypeError: The datamodule cannot sweep.
+        """
+        if self.latent is None or self._cache is None:
+            return
+        data: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "sweep_dataloader") or not hasattr(data, "leave_out_images"):
+            msg = (
+                f"Expected data with `sweep_dataloader` and `leave_out_images` for `latent_cache`, got "
+                f"{type(data).__name__}; use GenerationDataModule, or leave the cache out."
+            )
+            raise TypeError(msg)
+        self._cache.ensure(
+            self.latent,
+            data.sweep_dataloader(),
+            num_images=data.num_images,
+            image_size=image_size,
+            fingerprint=data.fingerprint,
+            flips=bool(getattr(data, "flip", False)),
+        )
+        data.leave_out_images()
+
+    def of_training(self, batch: dict[str, Tensor]) -> Tensor:
+        """What is diffused of a training batch; latents are drawn anew from their distribution."""
+        if self.latent is None:
+            return 2.0 * batch["image"] - 1.0
+        if self._cache is not None and "image" not in batch:
+            return self.latent.sample(self._cache.moments(batch["index"], batch.get("flip")))
+        return self.latent.sample(self.latent.moments(batch["image"]))
+
+    def of(self, image: Tensor) -> Tensor:
+        """What is diffused of images; latents at their means."""
+        if self.latent is None:
+            return 2.0 * image - 1.0
+        moments = self.latent.moments(image)
+        return self.latent.sample(moments, noise=torch.zeros_like(moments.chunk(2, 1)[0]))
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """Images in [0, 1]."""
+        return ((x + 1) / 2).clamp(0, 1) if self.latent is None else self.latent.decode(x)

@@ -1,0 +1,251 @@
+"""TDSMDiffusion on points: what it learns, what it must not do, and what it refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from tdsm_toys import MEANS, ClassPoint, PointPosterior, plain, points_loader, tiny_tdsm
+from tiny_nets import tiny_trainer
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from lightning_modules.base import HalfLife
+from lightning_modules.diffusion.transition import FileTransition, IdentityTransition, SymmetricTransition
+from lightning_modules.tdsm_diffusion import TDSMDiffusion
+
+REQUEST: dict[str, Any] = {"image_size": 1, "sampler": "heun", "num_steps": 12, "guidance": 0.0}
+
+
+def fitted(model: TDSMDiffusion, path: Path, **options: Any) -> TDSMDiffusion:
+    torch.manual_seed(0)  # the seed of the run
+    tiny_trainer(path, **options).fit(model, points_loader())
+    return model
+
+
+def asked(classes: list[int], first_seed: int = 0, **options: Any) -> dict[str, Any]:
+    seeds = torch.arange(first_seed, first_seed + len(classes))
+    return REQUEST | {"seed": seeds, "label": torch.tensor(classes)} | options
+
+
+@pytest.mark.parametrize("others", ["exact", "sampled"])
+@pytest.mark.parametrize("label_dropout", [0.0, 0.3])
+def test_the_identity_is_plain_diffusion_to_the_last_bit(others: str, label_dropout: float, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"label_dropout": label_dropout, "dropout": 0.2}
+    weighted = tiny_tdsm(transition=IdentityTransition(), others=others, **common)
+    states = [fitted(model, tmp_path, max_epochs=3).state_dict() for model in (weighted, plain(**common))]
+    for name, value in states[1].items():
+        assert torch.equal(value, states[0][name]), name
+
+
+def test_an_image_without_its_label_is_matched_unweighted() -> None:
+    model = tiny_tdsm()
+    x, sigma, eps = torch.randn(6, 1, 1, 1), torch.rand(6) + 0.1, torch.randn(6, 1, 1, 1)
+    label = torch.tensor([3, 0, 3, 1, 2, 3])
+    model.transition.copy_(SymmetricTransition(0.4).matrix(3))
+    model.others = "exact"
+    weighted = model.loss_per_image(model.network, x, sigma, eps, label)
+    unweighted = model.loss_per_image(model.network, x, sigma, eps, label, weighted=False)
+    is_null = label == 3
+    assert torch.equal(weighted[is_null], unweighted[is_null])
+    assert not torch.isclose(weighted[~is_null], unweighted[~is_null]).any()
+    weighted[is_null].sum().backward()  # no class learns from it, class 0 neither
+    gradient = cast("ClassPoint", model.network).classes.weight.grad
+    assert gradient is not None
+    assert not gradient[:3].any()
+    assert gradient[3].any()
+
+
+def test_classifier_and_generator_see_the_same_noisy_images(tmp_path: Path) -> None:
+    seen: dict[str, list[tuple[Tensor, ...]]] = {"network": [], "classifier": []}
+    model = tiny_tdsm()
+    assert model.classifier is not None
+
+    def listen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: seen[name].append(inputs)
+
+    model.network.register_forward_pre_hook(listen("network"))
+    model.classifier.network.register_forward_pre_hook(listen("classifier"))
+    fitted(model, tmp_path, max_epochs=1, limit_train_batches=1)
+    (x, t, _), (noisy, level) = seen["network"][0], seen["classifier"][0]
+    assert torch.equal(x, noisy)
+    assert torch.equal(t, level)
+    # Others are passes of whole images through the same network: a part of these images at the same levels.
+    assert {float(v) for v in seen["network"][1][0].flatten()} <= {float(v) for v in x.flatten()}
+
+
+def test_clean_classes_are_learnt_from_wrong_labels(tmp_path: Path) -> None:
+    loader = points_loader(1500, 250)
+    found = {}
+    for name, model in (("tdsm", tiny_tdsm(lr=0.01)), ("dsm", plain(lr=0.01))):
+        tiny_trainer(tmp_path, max_epochs=60).fit(model, loader)
+        drawn = model.draw(asked([0] * 150 + [1] * 150 + [2] * 150))["image"].flatten() * 2 - 1
+        nearest = (drawn[:, None] - MEANS).abs().argmin(1)
+        found[name] = (nearest == torch.arange(3).repeat_interleave(150)).float().mean()
+    assert found["tdsm"] > 0.95
+    assert 0.5 < found["dsm"] < 0.7  # as wrong as its labels
+
+
+def test_weights_without_a_classifier_are_those_of_the_label() -> None:
+    model = tiny_tdsm(weighting="reverse", classifier=None)
+    model.transition.copy_(SymmetricTransition(0.4).matrix(3))
+    weights = model.weights(torch.randn(3, 1, 1, 1), torch.ones(3), torch.arange(3))
+    assert weights is not None
+    assert_close(weights, torch.full((3, 3), 0.2).fill_diagonal_(0.6))
+
+
+def test_a_fit_goes_on_bit_equal(tmp_path: Path) -> None:
+    class Saves(ModelCheckpoint):
+        def __init__(self) -> None:
+            super().__init__(tmp_path, filename="{epoch}", save_top_k=-1)
+
+    options: dict[str, Any] = {"dropout": 0.2, "label_dropout": 0.2}
+    whole = tiny_tdsm(**options)
+    tiny_trainer(tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[Saves()]).fit(whole, points_loader())
+    rest = tiny_tdsm(**options)
+    rest.transition.zero_()  # comes from the checkpoint
+    path = str(tmp_path / "epoch=0.ckpt")
+    tiny_trainer(tmp_path, max_epochs=2).fit(rest, points_loader(), ckpt_path=path, weights_only=True)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, rest.state_dict()[name]), name
+
+
+def test_one_image_is_the_same_alone_and_among_others() -> None:
+    model = tiny_tdsm(side=4, label_dropout=0.1)
+    options: dict[str, Any] = {"image_size": 4, "guidance": 0.5}
+    together = model.draw(asked([i % 3 for i in range(64)], **options))
+    alone = model.draw(asked([40 % 3], first_seed=40, **options))
+    assert torch.equal(together["image"][40], alone["image"][0])
+    assert (together["image"].flatten(1).std(0) > 0).all()
+
+
+def test_a_compiled_network_is_the_same_network(tmp_path: Path) -> None:
+    compiled, plain_one = fitted(tiny_tdsm(compile="eager"), tmp_path), fitted(tiny_tdsm(), tmp_path)
+    for name, value in plain_one.state_dict().items():
+        assert_close(value, compiled.state_dict()[name])
+
+
+def test_half_life_counts_images() -> None:
+    weight = HalfLife(1000.0)
+    weight.images_per_update = 50
+    # Far into a run, 20 updates are one half-life; early ones remember a twentieth of the run.
+    kept = 1.0
+    for n in range(10_000, 10_020):
+        kept *= 1 - weight(n)
+    assert kept == pytest.approx(0.5)
+    assert weight(0) == 1.0
+    assert 1 - weight(100) == pytest.approx(0.5 ** (50 / 250))
+
+
+def test_images_are_counted_over_batches(tmp_path: Path) -> None:
+    model = tiny_tdsm()
+    trainer = tiny_trainer(tmp_path, max_epochs=3)
+    trainer.fit(model, points_loader(8, 4))
+    assert float(trainer.callback_metrics["train_kimg"]) == pytest.approx(0.024)
+
+
+def test_validation_is_the_same_every_time_and_ignores_fillers(tmp_path: Path) -> None:
+    model = tiny_tdsm()
+    trainer = tiny_trainer(tmp_path)
+    losses = [trainer.validate(model, points_loader(8, b), verbose=False)[0]["val_loss"] for b in (4, 4)]
+    assert losses[0] == losses[1]
+    batch = {"image": torch.rand(2, 1, 1, 1), "label": torch.tensor([0, 1]), "index": torch.tensor([-1, -1])}
+    model._eval_step(batch, "val")
+    assert not cast("Any", model.losses["val_"]).update_called
+
+
+def test_nan_stops_the_training(tmp_path: Path) -> None:
+    model = tiny_tdsm()
+    cast("ClassPoint", model.network).first.weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="finite training loss"):
+        fitted(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classifier": None}, "`classifier` of noisy images with `weighting` posterior"),
+        ({"weighting": "none"}, "`classifier` .* got PointPosterior with 'none'"),
+        ({"weighting": "all"}, "`weighting` to be one of posterior, reverse, none, got 'all'"),
+        ({"others": "some"}, "`others` to be one of exact, sampled"),
+        ({"threshold": 1.0}, r"`threshold` in \[0, 1\), got 1.0"),
+        ({"label_dropout": -0.1}, r"`label_dropout` in \[0, 1\), got -0.1"),
+        ({"latent_cache": "somewhere"}, "`latent` with `latent_cache`"),
+        ({"ema_half_life": 0.0}, "positive `ema_half_life`, got 0.0"),
+    ],
+)
+def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_tdsm(**options)
+
+
+def test_networks_without_classes_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"network\(x, t, label\).*got Linear; use UViT"):
+        TDSMDiffusion(nn.Linear(1, 1), 3)
+
+
+@pytest.mark.parametrize(
+    ("transition", "message"),
+    [
+        (SymmetricTransition(2 / 3), "invertible `transition`, got one with condition number"),
+        ([[0.6, 0.4], [0.4, 0.6]], r"3 x 3 .* got shape \(2, 2\)"),
+        (None, "Expected `transition`, got None"),
+    ],
+)
+def test_transitions_that_do_not_fit_are_refused(transition: object, message: str, tmp_path: Path) -> None:
+    if isinstance(transition, list):
+        (tmp_path / "t.csv").write_text("\n".join(",".join(map(str, row)) for row in transition))
+        transition = FileTransition(str(tmp_path / "t.csv"))
+    with pytest.raises(ValueError, match=message):
+        fitted(tiny_tdsm(transition=transition), tmp_path)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_labels_outside_the_classes_are_refused(label: int, tmp_path: Path) -> None:
+    model = tiny_tdsm()
+    batch = {"image": torch.rand(1, 1, 1, 1), "label": torch.tensor([label]), "index": torch.tensor([0])}
+    with pytest.raises(ValueError, match=rf"labels from 0 to 2 .*got {label}"):
+        model.training_step(batch, 0)
+    with pytest.raises(ValueError, match=rf"labels from 0 to 2 .*got {label}"):
+        model.draw(asked([label]))
+
+
+def test_requests_that_cannot_be_drawn_are_refused() -> None:
+    model = tiny_tdsm()
+    with pytest.raises(ValueError, match=r"`image_size` 1, .* got 8"):
+        model.draw(asked([0], image_size=8))
+    with pytest.raises(ValueError, match=r"trained without `label_dropout`, got 1\.5"):
+        model.draw(asked([0], guidance=1.5))
+    with pytest.raises(TypeError, match=r"`seed`, `label` and `image_size`, got \['image'\]"):
+        model.predict_step({"image": torch.rand(1, 1, 1, 1)}, 0)
+
+
+def test_another_process_is_refused_for_resume(tmp_path: Path) -> None:
+    from lightning_modules.diffusion.noise import EDMProcess
+
+    model = tiny_tdsm()
+    checkpoint: dict[str, Any] = {"state_dict": model.state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match="sigma_data"):
+        tiny_tdsm(process=EDMProcess(sigma_data=0.3)).on_load_checkpoint(checkpoint)
+
+
+def test_the_classifier_is_never_trained(tmp_path: Path) -> None:
+    class Learnable(PointPosterior):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            logits: Tensor = self.norm(super().forward(x, t) * self.scale)
+            return logits
+
+    model = fitted(tiny_tdsm(classifier=Learnable()), tmp_path)
+    assert model.classifier is not None
+    state = model.classifier.network.state_dict()
+    assert torch.equal(state["scale"], torch.ones(3))
+    assert torch.equal(state["norm.running_mean"], torch.zeros(3))
+    assert not model.classifier.network.training
