@@ -1,4 +1,4 @@
-"""Pairs of an image and its mask, drawn by a module and written for the next stage."""
+"""Images of classes, or pairs of an image and its mask, drawn by a module and written for the next stage."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -11,32 +11,29 @@ from pytorch_lightning.callbacks import BasePredictionWriter, Timer
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
 from torch import Tensor
 
-from callbacks.pair_sheet import pair_sheet
+from callbacks.drawing_progress import drawing_progress
+from callbacks.drawn_sheet import class_sheet, pair_sheet
 from callbacks.picture import evaluating, image_sink, lacks_method
 from datamodules.synthetic_images import Drawing, DrawRequest, Origin, weights_sha256
-
-_TAG = "drawn/pairs"
 
 
 @runtime_checkable
 class Draws(Protocol):
-    """A module that draws images and their masks."""
+    """A module that draws images of classes, or images and their masks."""
 
     def draw(self, request: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """Pairs for `seed` [B], `image_size`, `sampler` and `num_steps`; each a function of its own seed.
+        """Images for `seed` [B], `image_size`, `sampler` and `num_steps`; each a function of its own seed.
 
-        Returns `image` [B, 3, H, W] in [0, 1], `mask` [B, H, W] of class ids, `confidence` [B] and `seed` [B].
+        Pairs: returns `image` [B, 3, H, W] in [0, 1], `mask` [B, H, W] of class ids, `confidence` [B] and `seed` [B].
+        Classes: takes `label` [B] and `guidance` as well; returns `image` (of one or three channels), `label`, `seed`.
         """
         ...
 
 
 @runtime_checkable
-class AsksForPairs(Protocol):
+class AsksForImages(Protocol):
     """Data for `predict` that are requests instead of images."""
 
     request: DrawRequest
@@ -47,7 +44,7 @@ class AsksForPairs(Protocol):
 
 
 class SyntheticImageWriter(BasePredictionWriter):
-    """Draws (image, mask) pairs when a fit ends, and writes them as a SyntheticImages artifact.
+    """Draws images of classes or (image, mask) pairs when a fit ends, and writes them as a SyntheticImages artifact.
 
     In `predict` it writes what the module draws for a SamplingDataModule, whose request counts then; with other data
     it does nothing. Either way the folder is the same for any number of devices. When drawing was interrupted, the
@@ -55,7 +52,8 @@ class SyntheticImageWriter(BasePredictionWriter):
     nothing had happened. A folder that is finished is left alone; one that was drawn from other weights, or in another
     way, is an error.
 
-    The first pairs are shown in TensorBoard (`drawn/pairs`).
+    The first ones are shown in TensorBoard, with a row for each class (`drawn/classes`) or beside their masks
+    (`drawn/pairs`).
 
     Args:
         output_dir: Folder of the artifact; a relative one is below the current directory. Made if missing.
@@ -89,7 +87,7 @@ class SyntheticImageWriter(BasePredictionWriter):
 
         Raises:
             TypeError: The module does not draw.
-            ValueError: The folder holds other pairs, or the module refuses to draw.
+            ValueError: The folder holds other images, the classes cannot be folders, or the module refuses to draw.
         """
         if self.request is None:
             return
@@ -118,8 +116,9 @@ class SyntheticImageWriter(BasePredictionWriter):
         if header is None or self._trained or header.get("config_hash") == origin.config_hash:
             return
         msg = (
-            f"Expected `output_dir` {self.output_dir} to be empty, or to hold pairs drawn by this fit, got those of "
-            "another one; give another folder, move this one away, or go on with that fit (--ckpt_path last)."
+            f"Expected `output_dir` {self.output_dir} to be empty, or to hold {origin.request.noun} drawn by this fit, "
+            "got those of another one; give another folder, move this one away, or go on with that fit (--ckpt_path "
+            "last)."
         )
         raise ValueError(msg)
 
@@ -131,7 +130,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             pl_module: The module that draws.
 
         Raises:
-            ValueError: The folder holds pairs of another origin, or what was drawn cannot be written.
+            ValueError: The folder holds images of another origin, or what was drawn cannot be written.
             OSError: A file could not be written.
         """
         self._trained = self._known_to_data(trainer)
@@ -146,7 +145,8 @@ class SyntheticImageWriter(BasePredictionWriter):
         self._left = _count(drawing, drawing.missing())
         self._begin(drawing, origin)
         own = drawing.missing(trainer.global_rank, trainer.world_size)
-        with _drawing(trainer, pl_module) as draw, _progress(trainer, _count(drawing, own)) as advance:
+        progress = drawing_progress(trainer, self.request.noun, _count(drawing, own))
+        with _drawing(trainer, pl_module) as draw, progress as advance:
             for block in own:
                 drawing.write(block, draw(self.request.batch(block)), origin.num_classes)
                 advance(len(self.request.seeds(block)))
@@ -163,12 +163,12 @@ class SyntheticImageWriter(BasePredictionWriter):
             stage: Only "predict" matters.
 
         Raises:
-            ValueError: The folder holds the pairs of another request.
+            ValueError: The folder holds the images of another request.
         """
         super().setup(trainer, pl_module, stage)
         self._asked, self._origin, self._begun = None, None, False
         data = getattr(trainer, "datamodule", None)
-        if stage != "predict" or _is_dry(trainer) or not isinstance(data, AsksForPairs):
+        if stage != "predict" or _is_dry(trainer) or not isinstance(data, AsksForImages):
             return
         self._asked = Drawing(self.output_dir, data.request)
         self._asked.require({"request": data.request.description()})
@@ -189,14 +189,14 @@ class SyntheticImageWriter(BasePredictionWriter):
         self._trained = {name: checkpoint.get(name) or None for name in ("class_names", "fingerprint", "config_hash")}
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write down what the pairs are drawn from, before the first.
+        """Write down what the images are drawn from, before the first.
 
         Args:
             trainer: The trainer.
             pl_module: The module that draws.
 
         Raises:
-            ValueError: The folder holds pairs of another origin.
+            ValueError: The folder holds images of another origin, or the classes cannot be folders.
         """
         if self._asked is not None:
             self._asked.require(self._predicted_origin(self._asked, trainer, pl_module).identity())
@@ -211,7 +211,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write the pairs of one block.
+        """Write the images of one block.
 
         Args:
             trainer: The trainer.
@@ -223,7 +223,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             dataloader_idx: Not used.
 
         Raises:
-            TypeError: The prediction is no pairs, or the requests do not come from a SamplingDataModule.
+            TypeError: The prediction is no drawn images, or the requests do not come from a SamplingDataModule.
             ValueError: It cannot be written.
             OSError: A file could not be written.
         """
@@ -235,7 +235,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             self._asked.write(block, prediction, self._num_classes(trainer))
         elif isinstance(batch, Mapping) and "seed" in batch and not _is_dry(trainer):
             msg = (
-                f"Expected requests for pairs to come from a datamodule with `request` and `leave_out(blocks)`, got "
+                f"Expected requests for images to come from a datamodule with `request` and `leave_out(blocks)`, got "
                 f"{type(getattr(trainer, 'datamodule', None)).__name__}; use SamplingDataModule."
             )
             raise TypeError(msg)
@@ -249,7 +249,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             stage: Only "predict" matters.
 
         Raises:
-            ValueError: The folder holds pairs of another origin.
+            ValueError: The folder holds images of another origin.
             OSError: A file could not be written.
         """
         # Not at the end of the prediction: a process without requests is not told of that.
@@ -280,7 +280,7 @@ class SyntheticImageWriter(BasePredictionWriter):
     def _origin_of(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, request: DrawRequest, weights: str
     ) -> Origin:
-        """What pairs are drawn from: in a fit the data say so, in predict the checkpoint."""
+        """What images are drawn from: in a fit the data say so, in predict the checkpoint."""
         known = self._known_to_data(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             known = self._trained | {"class_names": known["class_names"] or self._trained.get("class_names")}
@@ -289,7 +289,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         return Origin(request, weights, self._num_classes(trainer), **known, drawn_with=drawn_with)
 
     def _predicted_origin(self, drawing: Drawing, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Origin:
-        """What the pairs of this prediction are drawn from; the weights are hashed once."""
+        """What the images of this prediction are drawn from; the weights are hashed once."""
         if self._origin is None:
             self._origin = self._origin_of(trainer, pl_module, drawing.request, weights_sha256(pl_module))
         return self._origin
@@ -305,7 +305,8 @@ class SyntheticImageWriter(BasePredictionWriter):
         if self._left:
             request = drawing.request
             rank_zero_info(
-                f"{self._name}: drawing {self._left} of {request.total} pairs of {request.image_size} px "
+                f"{self._name}: drawing {self._left} of {request.total} {request.noun} of "
+                f"{request.image_size} px "
                 f"({request.sampler}, {request.num_steps} steps) into {drawing.folder}."
             )
 
@@ -317,9 +318,9 @@ class SyntheticImageWriter(BasePredictionWriter):
             if drawing.finish():
                 self.artifacts = [str(folder)]
                 took = f"drawn in {time.monotonic() - self._since:.0f} s" if self._left else "nothing was left to draw"
-                rank_zero_info(f"{self._name}: {request.total} pairs in {folder}, {took}.")
+                rank_zero_info(f"{self._name}: {request.total} {request.noun} in {folder}, {took}.")
                 if self._left:
-                    self._show(trainer, folder)
+                    self._show(trainer, drawing)
             else:
                 rank_zero_info(
                     f"{self._name}: {folder} is not finished, {len(drawing.missing())} of {request.num_blocks} blocks "
@@ -327,10 +328,13 @@ class SyntheticImageWriter(BasePredictionWriter):
                 )
         trainer.strategy.barrier("SyntheticImageWriter: finished")
 
-    def _show(self, trainer: pl.Trainer, folder: Path) -> None:
+    def _show(self, trainer: pl.Trainer, drawing: Drawing) -> None:
         add_image = image_sink(trainer)
         if add_image is not None:
-            add_image(_TAG, pair_sheet(folder), trainer.global_step, dataformats="HWC")
+            tag, picture = (
+                ("drawn/classes", class_sheet) if drawing.request.has_classes else ("drawn/pairs", pair_sheet)
+            )
+            add_image(tag, picture(drawing.folder), trainer.global_step, dataformats="HWC")
 
 
 @contextmanager
@@ -344,7 +348,7 @@ def _drawing(
     device, home = trainer.strategy.root_device, pl_module.device
 
     def draw(batch: dict[str, Any]) -> Mapping[str, Tensor]:
-        return pl_module.draw(batch | {"seed": batch["seed"].to(device)})
+        return pl_module.draw({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
     pl_module.to(device)
     try:
@@ -356,25 +360,6 @@ def _drawing(
 
 def _count(drawing: Drawing, blocks: Collection[int]) -> int:
     return sum(len(drawing.request.seeds(block)) for block in blocks)
-
-
-class _Speed(ProgressColumn):
-    """Images a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} images/s" if task.speed else "")
-
-
-@contextmanager
-def _progress(trainer: pl.Trainer, count: int) -> Iterator[Callable[[int], None]]:
-    """A bar over this process's images; on a terminal, in the first process, where progress is wanted at all."""
-    console = Console(stderr=True)
-    wanted = trainer.progress_bar_callback is not None and trainer.is_global_zero and count > 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed())
-    share = f" (1 of {trainer.world_size} processes)" if trainer.world_size > 1 else ""
-    with Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal)) as bar:
-        task = bar.add_task(f"drawing pairs{share}", total=count)
-        yield lambda images: bar.advance(task, images)
 
 
 def _is_dry(trainer: pl.Trainer) -> bool:

@@ -80,6 +80,11 @@ class DrawRequest:
         return self.images_per_class is not None
 
     @property
+    def noun(self) -> str:
+        """What is drawn, in one word."""
+        return "images" if self.has_classes else "pairs"
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """Number of images of each class; empty for pairs."""
         if isinstance(self.images_per_class, int):

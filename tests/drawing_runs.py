@@ -14,6 +14,10 @@ from callbacks import SyntheticImageWriter
 from datamodules import DrawRequest, SamplingDataModule
 
 REQUEST = DrawRequest(num_images=11, image_size=6, first_seed=3, batch_size=2, num_steps=4)
+# Eleven as well: seven of class 0 from the seeds 3, 5, ..., and four of class 1 from 4, 6, ...
+CLASSES = DrawRequest(
+    None, image_size=6, first_seed=3, batch_size=2, num_steps=4, images_per_class=[7, 4], num_classes=2, guidance=1.5
+)
 
 
 class Painter(pl.LightningModule):
@@ -34,15 +38,19 @@ class Painter(pl.LightningModule):
         self.modes: set[bool] = set()
 
     def draw(self, request: Mapping[str, Any]) -> dict[str, Tensor]:
-        time.sleep(self.seconds)
+        self.note(request)
         seed, size = request["seed"], request["image_size"]
-        self.asked.append({"seed": seed.tolist(), **{k: v for k, v in request.items() if k != "seed"}})
-        self.modes.add(self.training)
         mask = torch.zeros(len(seed), size, size, dtype=torch.int64)
         for one, s in zip(mask, seed.tolist(), strict=True):
             one[s % (size - 2) :, s % 3 : s % 3 + 2] = 1
         image = (self.weight + 0.5 * mask[:, None]).expand(-1, 3, -1, -1)
         return {"image": image, "mask": mask, "confidence": (seed % 7) / 7, "seed": seed}
+
+    def note(self, request: Mapping[str, Any]) -> None:
+        """Take the time, and remember what was asked."""
+        time.sleep(self.seconds)
+        self.asked.append({k: v.tolist() if isinstance(v, Tensor) else v for k, v in request.items()})
+        self.modes.add(self.training)
 
     def training_step(self, batch: Tensor) -> Tensor:
         return self.weight * batch.mean()
@@ -52,6 +60,25 @@ class Painter(pl.LightningModule):
 
     def predict_step(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return self.draw(batch)
+
+
+class ClassPainter(Painter):
+    """Draws grey images of classes: a ramp that seed and class decide."""
+
+    def draw(self, request: Mapping[str, Any]) -> dict[str, Tensor]:
+        self.note(request)
+        seed, label, size = request["seed"], request["label"], request["image_size"]
+        return {"image": ramps(seed, label, size)[:, None] / 255, "label": label, "seed": seed}
+
+
+def ramps(seed: Tensor, label: Tensor, size: int) -> Tensor:
+    """What ClassPainter draws, in bytes [B, size, size]."""
+    return (torch.arange(size * size) * (seed[:, None] + 1) + 60 * label[:, None]).remainder(256).view(-1, size, size)
+
+
+def painter(request: DrawRequest, ground: float = 0.25, seconds: float = 0.0) -> Painter:
+    """A module for a request."""
+    return (ClassPainter if request.has_classes else Painter)(ground, seconds)
 
 
 class Ones(pl.LightningDataModule):
@@ -83,7 +110,7 @@ def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
 
 def fit(folder: Path, module: pl.LightningModule | None = None, request: DrawRequest = REQUEST, **options: Any) -> None:
     """Train for a step, then draw."""
-    trainer(SyntheticImageWriter(str(folder), request), **options).fit(module or Painter(), Ones())
+    trainer(SyntheticImageWriter(str(folder), request), **options).fit(module or painter(request), Ones())
 
 
 def predict(
@@ -100,8 +127,10 @@ def predict(
         request.sampler,
         request.num_steps,
         ["background", "square"],
+        request.images_per_class,
+        request.guidance,
     )
-    trainer(writer, **options).predict(module or Painter(0.375), data, return_predictions=False)
+    trainer(writer, **options).predict(module or painter(request, 0.375), data, return_predictions=False)
     return writer
 
 

@@ -9,13 +9,15 @@ from datamodules.segmentation.decoding import UInt8Array, read_raw_mask, to_clas
 from datamodules.segmentation.pairs import Pair, describe_problems
 from datamodules.segmentation.reading import PairReader
 from datamodules.segmentation.store import ImageStore, build_store
-from datamodules.synthetic_images import SyntheticImages
+from datamodules.synthetic_images import PairRow, SyntheticImages
 
 _LAYOUT = "images/NAME.png\nmasks/NAME.png (8-bit grey, class ids)\nmetadata.parquet\nmanifest.json"
 _MEGABYTE = 2**20
 
 
-def load_drawn(artifact: SyntheticImages, num_classes: int, image_size: int, cache_megabytes: int) -> ImageStore:
+def load_drawn(
+    artifact: SyntheticImages[PairRow], num_classes: int, image_size: int, cache_megabytes: int
+) -> ImageStore:
     """Decode drawn pairs as files of a data set are.
 
     Args:

@@ -1,5 +1,5 @@
-"""Pairs drawn at the end of a fit or in predict: the same files however often it is killed, and on any number of
-processes."""
+"""Pairs and images of classes, drawn at the end of a fit or in predict: the same files however often it is killed, and
+on any number of processes."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import pytorch_lightning as pl
 import torch
-from drawing_runs import REQUEST, Ones, Painter, files, fit, predict, trainer
+from drawing_runs import CLASSES, REQUEST, ClassPainter, Ones, Painter, files, fit, painter, predict, ramps, trainer
 from jsonargparse import ArgumentParser
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint, Timer
@@ -71,10 +71,14 @@ def test_files_and_what_they_say(undisturbed: Path) -> None:
     assert manifest["request"]["num_steps"] == 4
 
 
-def test_a_kill_while_drawing_and_the_same_command_give_the_same_files(tmp_path: Path, undisturbed: Path) -> None:
-    folder = tmp_path / "pairs"
+@pytest.mark.parametrize(("run", "request_", "ground"), [(fit, REQUEST, 0.25), (predict, CLASSES, 0.375)])
+def test_a_kill_while_drawing_and_the_same_command_give_the_same_files(
+    tmp_path: Path, run: Callable[..., object], request_: DrawRequest, ground: float
+) -> None:
+    folder = tmp_path / "drawn"
+    run(tmp_path / "undisturbed", request=request_)
     context: Any = multiprocessing.get_context(START)
-    process = context.Process(target=fit, args=(folder, Painter(seconds=0.15)))
+    process = context.Process(target=run, args=(folder, painter(request_, ground, seconds=0.15), request_))
     process.start()
     end = time.monotonic() + 60
     while len(list(folder.glob("parts/*.json"))) < 2:
@@ -83,28 +87,29 @@ def test_a_kill_while_drawing_and_the_same_command_give_the_same_files(tmp_path:
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     done = len(list(folder.glob("parts/*.json")))
-    assert done < REQUEST.num_blocks, "killed too late to show anything"
+    assert done < request_.num_blocks, "killed too late to show anything"
     assert not (folder / "manifest.json").exists()
     # As a kill inside a write would have left them: an image without its part, and a temporary.
-    first_missing = REQUEST.seeds(done)[0]
-    (folder / f"images/{first_missing:09d}.png").write_bytes(b"half")
-    (folder / "masks" / f".{'0' * 32}.tmp").write_bytes(b"half")
+    place = "square" if request_.has_classes else "images"
+    first_missing = next(s for s in request_.seeds(done) if not request_.has_classes or request_.label(s) == 1)
+    (folder / f"{place}/{first_missing:09d}.png").write_bytes(b"half")
+    (folder / place / f".{'0' * 32}.tmp").write_bytes(b"half")
 
-    again = Painter()
-    fit(folder, again)
-    assert files(folder) == files(undisturbed)
+    again = painter(request_, ground)
+    run(folder, again, request_)
+    assert files(folder) == files(tmp_path / "undisturbed")
     assert not [path for path in folder.rglob("*") if path.is_dir() and path.name == "parts"]
-    drawn = [asked["seed"] for asked in again.asked[1:]]  # the first is the trial before the fit
-    assert drawn == [list(REQUEST.seeds(block)) for block in range(done, REQUEST.num_blocks)]
+    drawn = [asked["seed"] for asked in again.asked[1 if run is fit else 0 :]]  # a fit begins with a trial
+    assert drawn == [list(request_.seeds(block)) for block in range(done, request_.num_blocks)]
 
 
 def test_two_processes_draw_what_one_draws(tmp_path: Path, undisturbed: Path) -> None:
     two: dict[str, Any] = {"strategy": f"ddp_{START}", "devices": 2}
     fit(tmp_path / "fit", Painter(0.25), **two)
     assert files(tmp_path / "fit") == files(undisturbed)
-    # 11 pairs in blocks of 8: one process has more to do than the other; in blocks of 16 one has nothing to do.
-    for size in (8, 16):
-        request = replace(REQUEST, batch_size=size)
+    # 11 images in blocks of 8: one process has more to do than the other; in blocks of 16 one has nothing to do.
+    for kind, size in ((REQUEST, 8), (REQUEST, 16), (CLASSES, 4)):
+        request = replace(kind, batch_size=size)
         predict(tmp_path / f"one{size}", request=request)
         predict(tmp_path / f"two{size}", request=request, **two)
         assert files(tmp_path / f"two{size}") == files(tmp_path / f"one{size}")
@@ -388,7 +393,7 @@ def test_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         screens.append(io.StringIO())
         return Console(file=screens[-1], force_terminal=stderr, width=120)
 
-    monkeypatch.setattr("callbacks.synthetic_image_writer.Console", console)
+    monkeypatch.setattr("callbacks.drawing_progress.Console", console)
     fit(tmp_path / "shown", Painter(seconds=0.05), enable_progress_bar=True)
     fit(tmp_path / "hidden")
     shown, hidden = (screen.getvalue() for screen in screens)
@@ -410,3 +415,139 @@ def test_from_yaml(tmp_path: Path) -> None:
     arguments["request"] = {"num_images": 5, "image_size": 8, "sampler": "magic"}
     with pytest.raises(SystemExit):
         parser.parse_object(config)
+
+
+def test_images_of_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = TensorBoardLogger(tmp_path / "logs", name="", version="")
+    with caplog.at_level("INFO"):
+        fit(tmp_path / "drawn", request=CLASSES, logger=logger)
+    folders = {"background": range(3, 17, 2), "square": range(4, 12, 2)}
+    names = [f"{folder}/{seed:09d}.png" for folder, seeds in folders.items() for seed in seeds]
+    assert sorted(files(tmp_path / "drawn")) == sorted([*names, "manifest.json", "metadata.parquet"])
+    for label, (folder, seeds) in enumerate(folders.items()):
+        for seed in seeds:
+            with Image.open(tmp_path / "drawn" / folder / f"{seed:09d}.png") as image:
+                assert image.mode == "L"
+                expected = ramps(torch.tensor([seed]), torch.tensor([label]), 6)[0]
+                assert np.asarray(image).tolist() == expected.tolist()
+    assert "drawing 11 of 11 images of 6 px (heun, 4 steps)" in caplog.text
+    assert "pairs" not in caplog.text
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    assert events.Tags()["images"] == ["drawn/classes"]
+    (picture,) = events.Images("drawn/classes")
+    # A name and seven or four images of 6 px that become 66, with a gap of 4.
+    assert (picture.width, picture.height) == (8 * 70 + 4, 24 + 2 * 70)
+
+
+def test_requests_for_classes_reach_the_module(tmp_path: Path) -> None:
+    module = ClassPainter()
+    fit(tmp_path / "fit", module, CLASSES)
+    how = {"image_size": 6, "sampler": "heun", "guidance": 1.5}
+    assert module.asked[0] == {"seed": [3], "label": [0], "num_steps": 1, **how}
+    assert module.asked[-2:] == [
+        {"seed": [11, 13], "label": [0, 0], "num_steps": 4, **how},
+        {"seed": [15], "label": [0], "num_steps": 4, **how},
+    ]
+    drawn = [(s, c) for asked in module.asked[1:] for s, c in zip(asked["seed"], asked["label"], strict=True)]
+    assert drawn == sorted([(3 + 2 * j, 0) for j in range(7)] + [(4 + 2 * j, 1) for j in range(4)])
+    # Blocks of another size hold the same images.
+    predict(tmp_path / "predicted", request=replace(CLASSES, batch_size=5))
+    ours, theirs = files(tmp_path / "predicted"), files(tmp_path / "fit")
+    assert {name for name in theirs if ours[name] != theirs[name]} == {"manifest.json"}
+
+
+def test_more_images_of_a_class_change_none(tmp_path: Path) -> None:
+    predict(tmp_path / "few", request=CLASSES)
+    predict(tmp_path / "more", request=replace(CLASSES, images_per_class=[8, 9]))
+    few, more = files(tmp_path / "few"), files(tmp_path / "more")
+    pictures = [name for name in few if name.endswith(".png")]
+    assert len(pictures) == 11
+    assert {name: few[name] for name in pictures} == {name: more[name] for name in pictures}
+    assert sum(name.endswith(".png") for name in more) == 17
+
+
+class OddlyNamed(Ones):
+    """Has a class that cannot be a folder."""
+
+    class_names = ("T-shirt/top", "square")
+
+
+class ThreeClasses(Ones):
+    """Has more classes than the request."""
+
+    num_classes = 3
+    class_names = ("a", "b", "c")
+
+
+def test_classes_that_cannot_be_drawn_are_refused_before_the_training(tmp_path: Path) -> None:
+    module = ClassPainter()
+    writer = SyntheticImageWriter(str(tmp_path), CLASSES)
+    with pytest.raises(ValueError, match=r"names of folders, but 'T-shirt/top' holds a character"):
+        trainer(writer).fit(module, OddlyNamed())
+    with pytest.raises(ValueError, match=r"of the 3 classes of the data, but got `num_classes` 2"):
+        trainer(writer).fit(module, ThreeClasses())
+    odd = SamplingDataModule(None, 2, 6, class_names=["..", "square"], images_per_class=1)
+    with pytest.raises(ValueError, match=r"`class_names` that can be names of folders, but '\.\.' begins"):
+        trainer(SyntheticImageWriter(str(tmp_path))).predict(module, odd)
+    assert not module.asked
+    with pytest.raises(TypeError, match=r"the tensors image, label, seed, but got \['confidence', 'image', 'mask'"):
+        fit(tmp_path, Painter(), CLASSES)
+    with pytest.raises(TypeError, match=r"the tensors image, mask, confidence, seed, but got \['image', 'label'"):
+        fit(tmp_path, CarelessClasses(label=torch.tensor([0])), REQUEST)
+    cases: list[tuple[dict[str, Tensor], type[Exception], str]] = [
+        ({"label": torch.tensor([1])}, ValueError, r"labels that it was asked for, but got \[1\] for \[0\]"),
+        ({"seed": torch.tensor([4])}, ValueError, r"seeds that it was asked for, but got \[4\] for \[3\]"),
+        ({"image": torch.ones(1, 2, 6, 6)}, ValueError, r"`image` \[1, 1 or 3, 6, 6\], but got \[1, 2, 6, 6\]"),
+        ({"image": torch.full((1, 1, 6, 6), torch.inf)}, ValueError, r"finite numbers, but got others for .* \[3\]"),
+    ]
+    for changes, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            fit(tmp_path, CarelessClasses(**changes), CLASSES)
+    assert not files(tmp_path)
+
+
+class CarelessClasses(ClassPainter):
+    """Draws something else than it was asked for."""
+
+    def __init__(self, **changes: Tensor) -> None:
+        super().__init__()
+        self.changes = changes
+
+    def draw(self, request: Mapping[str, Any]) -> dict[str, Tensor]:
+        return super().draw({"label": torch.zeros(1), **request}) | self.changes
+
+
+def test_classes_and_pairs_are_not_mixed(tmp_path: Path) -> None:
+    fit(tmp_path / "classes", request=CLASSES)
+    fit(tmp_path / "pairs")
+    with pytest.raises(
+        ValueError, match=r"hold pairs of the same .*request\.guidance: 1\.5 -> null; request\.images_p"
+    ):
+        fit(tmp_path / "classes")
+    with pytest.raises(ValueError, match=r"hold images of the same .*request\.images_per_class: null -> \[7, 4\]"):
+        predict(tmp_path / "pairs", request=CLASSES)
+    # Any folder would be a class of ImageFolder's.
+    (tmp_path / "mine" / "other").mkdir(parents=True)
+    for run in (fit, predict):
+        with pytest.raises(ValueError, match=r"mine holds other and neither drawing\.json nor manifest\.json"):
+            run(tmp_path / "mine", request=CLASSES)
+
+
+def test_names_come_from_the_checkpoint_or_are_numbers(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="last")
+    trainer(saver, Named(), enable_checkpointing=True).fit(ClassPainter(), Ones())
+    for place, checkpoint, expected in (("a", tmp_path / "last.ckpt", {"owl", "bat"}), ("b", None, {"0", "1"})):
+        data = SamplingDataModule(None, 2, 6, images_per_class=1)
+        writer = SyntheticImageWriter(str(tmp_path / place))
+        trainer(writer).predict(ClassPainter(), data, ckpt_path=checkpoint, weights_only=True)
+        assert {path.name for path in (tmp_path / place).iterdir() if path.is_dir()} == expected
+
+
+class Named(pl.Callback):
+    """What a module of ours adds to every checkpoint."""
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["class_names"] = ["owl", "bat"]

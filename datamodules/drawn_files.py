@@ -1,0 +1,185 @@
+"""What drawn images of every kind have in common on disk; the same images always give the same bytes."""
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+UInt8Array = npt.NDArray[np.uint8]
+RowT = TypeVar("RowT")
+_SHOWN = 5
+
+
+class Pixels(NamedTuple):
+    """Drawn images as they are written.
+
+    Attributes:
+        images: uint8 array [B, size, size, 3], or [B, size, size] where they are grey.
+        masks: uint8 array [B, size, size] of class ids; None without masks.
+        confidence: One number a pair; None without masks.
+    """
+
+    images: UInt8Array
+    masks: UInt8Array | None = None
+    confidence: list[float] | None = None
+
+
+class Layout(Protocol):
+    """How one kind of drawn images lies in a folder."""
+
+    name: str
+    schema: pa.Schema
+
+    def extras(self) -> dict[str, Any]:
+        """Return what the manifest says besides the origin."""
+        ...
+
+    def taken(self, folder: Path) -> list[str]:
+        """List what is in the way in a folder that was not drawn into before."""
+        ...
+
+    def names(self, seed: int) -> tuple[str, ...]:
+        """Name the files of a seed, relative to the folder: the image, then the mask if there is one."""
+        ...
+
+    def check(self, drawn: object, seeds: Sequence[int], num_classes: int | None) -> Pixels:
+        """Turn what a module drew for some seeds into what is written, or refuse it."""
+        ...
+
+    def rows(self, seeds: Sequence[int], part: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """Return the rows of the table for a block, given what its part says."""
+        ...
+
+
+def require_tensors(drawn: object, names: Sequence[str], seeds: Sequence[int]) -> list[Tensor]:
+    """Take tensors out of what a module drew.
+
+    Args:
+        drawn: Should be a mapping of these names, and of `seed` [B], to tensors on any device.
+        names: Which ones.
+        seeds: The seeds that were asked for.
+
+    Returns:
+        The tensors, on the CPU.
+
+    Raises:
+        TypeError: Something is missing.
+        ValueError: `seed` is not what was asked for.
+    """
+    wanted = (*names, "seed")
+    if not isinstance(drawn, Mapping) or not all(isinstance(drawn.get(name), Tensor) for name in wanted):
+        got = sorted(drawn) if isinstance(drawn, Mapping) else type(drawn).__name__
+        msg = f"Expected `draw` to return a dict of the tensors {', '.join(wanted)}, but got {got}."
+        raise TypeError(msg)
+    *tensors, seed = (drawn[name].detach().cpu() for name in wanted)
+    if seed.tolist() != list(seeds):
+        msg = f"Expected `draw` to return the seeds that it was asked for, but got {seed.tolist()} for {list(seeds)}."
+        raise ValueError(msg)
+    return tensors
+
+
+def require_finite(seeds: Sequence[int], *values: Tensor) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        seeds: Seeds of the images, for the message.
+        values: Tensors [B, ...].
+
+    Raises:
+        ValueError: One of them holds such a number.
+    """
+    if not all(x.isfinite().all() for x in values):
+        bad = [seed for seed, *own in zip(seeds, *values, strict=True) if not all(x.isfinite().all() for x in own)]
+        msg = (
+            f"Expected `draw` to return finite numbers, but got others for the seeds {bad[:_SHOWN]}: has training "
+            "diverged?"
+        )
+        raise ValueError(msg)
+
+
+def to_bytes(image: Tensor) -> UInt8Array:
+    """Round images [B, C, H, W] in [0, 1] to uint8 [B, H, W, C]; values outside are clipped."""
+    rounded = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return np.ascontiguousarray(rounded.permute(0, 2, 3, 1).numpy())
+
+
+def png_bytes(pixels: UInt8Array) -> bytes:
+    """Encode [H, W] as a grey picture, [H, W, 3] as a coloured one."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def table_bytes(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> bytes:
+    """Encode rows as Parquet: all options are said, and no metadata tells when or where."""
+    columns = zip(*rows, strict=True)
+    table = pa.table(dict(zip(schema.names, map(list, columns), strict=True)), schema=schema)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="snappy", version="2.6", row_group_size=65536, store_schema=False)
+    return buffer.getvalue()
+
+
+def read_table(path: Path, schema: pa.Schema) -> list[tuple[Any, ...]]:
+    """Read the rows of a table.
+
+    Args:
+        path: Parquet file.
+        schema: Its columns.
+
+    Returns:
+        Its rows, in their order.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no Parquet file, or lacks a column.
+    """
+    if not path.is_file():
+        msg = f"Expected `synthetic_images` with its table, but there is no {path}; copy the folder again."
+        raise FileNotFoundError(msg)
+    try:
+        columns: dict[str, list[Any]] = pq.read_table(path, columns=schema.names).cast(schema).to_pydict()
+        return list(zip(*(columns[name] for name in schema.names), strict=True))
+    except (pa.ArrowException, KeyError) as error:
+        msg = (
+            f"Expected `synthetic_images` with a table of {', '.join(schema.names)}, but {path} is none "
+            f"({type(error).__name__}); copy the folder again, or draw it anew."
+        )
+        raise ValueError(msg) from error
+
+
+def read_json(path: Path, argument: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file.
+        argument: Argument that the message is about.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        msg = f"Expected `{argument}` with a JSON object in {path}, but it is damaged; remove the folder, draw it anew."
+        raise ValueError(msg)  # noqa: TRY004 - the content of a file, not the type of an argument
+    return content
+
+
+def listed(names: Sequence[str]) -> str:
+    """Name the first few of many things."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
