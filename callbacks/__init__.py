@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from callbacks.confusion_matrix import ConfusionMatrix
+    from callbacks.generation_metrics import GenerationMetrics
     from callbacks.image_grid import DenoisingGrid, SegmentationGrid
     from callbacks.mask_writer import MaskWriter
     from callbacks.metrics_report import MetricsReport, print_metrics_table
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfusionMatrix",
     "DenoisingGrid",
+    "GenerationMetrics",
     "MaskWriter",
     "MetricsReport",
     "PredictionTable",
@@ -42,6 +44,7 @@ __all__ = [
 _HOMES = {
     "ConfusionMatrix": "callbacks.confusion_matrix",
     "DenoisingGrid": "callbacks.image_grid",
+    "GenerationMetrics": "callbacks.generation_metrics",
     "MaskWriter": "callbacks.mask_writer",
     "MetricsReport": "callbacks.metrics_report",
     "PredictionTable": "callbacks.prediction_table",

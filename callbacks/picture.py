@@ -40,6 +40,12 @@ class Picture(pl.Callback):
         alone = trainer.state.fn == TrainerFn.VALIDATING
         return not trainer.sanity_checking and (alone or self.is_due(trainer))
 
+    def validates(self, trainer: pl.Trainer) -> bool:
+        """Whether a fit has a validation that could have the picture."""
+        # A datamodule may well have a `val_dataloader` that returns no loader.
+        known = trainer.val_dataloaders is not None
+        return trainer.enable_validation and (any(trainer.num_val_batches) or not known)
+
     def say(self, line: str) -> None:
         """Tell the user something once, from rank zero."""
         if line not in self._said:
