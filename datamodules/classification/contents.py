@@ -44,7 +44,7 @@ class Contents:
 
 
 class ImageSource(ABC):
-    """Where images and labels come from; given to `SemiSupervisedDataModule` as a class_path.
+    """Where images and labels come from; given to the datamodules of images with a class as a class_path.
 
     Attributes:
         image_channels: 1 for grey images, 3 for colour.

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from datamodules import ArraySource, DigitsSource, FolderSource, GenerationDataModule, LabelNoise, LongTail
 from datamodules import generation as generation_file
+from datamodules.classification.contents import Contents, ImageSource
 from datamodules.classification.streams import Pool, StreamSampler
 from datamodules.label_noise import NoiseKind
 from tests.fake_data import write_classes
@@ -337,6 +338,29 @@ def test_a_class_without_an_image_stops() -> None:
     source = ArraySource(_COLOUR, [0, 1] * 12, class_names=["cat", "dog"])
     with pytest.raises(ValueError, match=r"'dog' \(1 of 2 classes\) has none\. Lower the rate of.*: cat 24, dog 0\."):
         digits(source=source, label_noise=gone)
+
+
+class _Misnumbered(ImageSource):
+    """A source that does not check its labels itself."""
+
+    native_size = 8
+
+    def __init__(self, labels: list[int]) -> None:
+        self.labels = np.asarray(labels)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return ("cat", "dog")
+
+    def read(self) -> Contents:
+        keys = [str(row) for row in range(len(self.labels))]
+        return Contents(keys, self.labels, ["train"] * len(keys), images=_COLOUR[: len(keys)])
+
+
+@pytest.mark.parametrize("wrong", [2, -2])
+def test_labels_that_are_no_classes_stop(wrong: int) -> None:
+    with pytest.raises(ValueError, match=rf"Expected labels from 0 to 1 .* but got {wrong} for 3 and 1 more"):
+        digits(source=_Misnumbered([0, 1, 0, wrong, 1, wrong]))
 
 
 def test_what_cannot_be_shown() -> None:
