@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from drawing_runs import files, ramps
+from jsonargparse import ArgumentParser
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
@@ -18,6 +20,7 @@ from datamodules import DrawRequest, FolderSegmentationDataModule, SamplingDataM
 from datamodules.synthetic_images import Drawing, Origin, read
 
 NAMES = ("zebra", "ant", "Ünicorn 2")
+SOLVER: dict[str, Any] = {"sampler": "dpmpp_2m", "guidance": 1.0}
 
 
 def request(counts: int | list[int], **changes: Any) -> DrawRequest:
@@ -105,6 +108,17 @@ def test_sampling() -> None:
         SamplingDataModule(None, 3, 8)
 
 
+def test_from_yaml_without_the_number_of_pairs() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--request", type=DrawRequest | None)
+    parser.add_subclass_arguments(SamplingDataModule, "data")
+    arguments = {"image_size": 8, "images_per_class": [1, 2], "num_classes": 2, "sampler": "dpmpp_2m", "guidance": 1}
+    data = {"class_path": "datamodules.SamplingDataModule", "init_args": arguments | {"images_per_class": 3}}
+    made = parser.instantiate(parser.parse_object({"request": arguments, "data": data}))
+    assert made.request == request([1, 2], num_classes=2, first_seed=0, batch_size=32, image_size=8, **SOLVER)
+    assert made.data.request == request(3, num_classes=2, first_seed=0, batch_size=32, image_size=8, **SOLVER)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_torchvision_reads_it(tmp_path: Path, channels: int) -> None:
     folder = write(tmp_path / "drawn", request([2, 3, 4], guidance=1.5), channels)
@@ -117,7 +131,7 @@ def test_torchvision_reads_it(tmp_path: Path, channels: int) -> None:
         assert (seed - 5) % 3 == ours
         expected = ramps(torch.tensor([seed]), torch.tensor([ours]), 4)[0].numpy()
         assert np.array_equal(np.asarray(image), np.stack([expected] * 3, -1))
-    with data.loader.__globals__["Image"].open(data.samples[0][0]) as picture:
+    with Image.open(data.samples[0][0]) as picture:
         assert picture.mode == {1: "L", 3: "RGB"}[channels]
 
 
