@@ -1,7 +1,7 @@
 """TDSMDiffusion: a class-conditional diffusion model that learns the clean classes from noisy labels."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
@@ -10,28 +10,18 @@ from torch.nn import functional as F  # the name everybody reads
 from torchmetrics import MeanMetric
 
 from lightning_modules.base import BaseModule
-from lightning_modules.diffusion.denoisers import ClassDenoiser, scaled_input
+from lightning_modules.class_drawing import draw_classes
+from lightning_modules.diffusion.denoisers import ClassDenoiser
 from lightning_modules.diffusion.evaluation_noise import bin_names, evaluation_noise, level_bin
-from lightning_modules.diffusion.fixed_batches import in_fixed_batches
-from lightning_modules.diffusion.guidance import GuidedDenoiser
 from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess
-from lightning_modules.diffusion.sampler_levels import sampler_sigmas
-from lightning_modules.diffusion.samplers import Denoiser, sample, seeded_generators, seeded_noise
-from lightning_modules.diffusion.transition import TransitionMatrix, require_transition, reverse_transition
-from lightning_modules.diffusion.transition_weights import (
-    Others,
-    log_transition,
-    mixed_estimate,
-    reverse_weights,
-    transition_weights,
-)
+from lightning_modules.diffusion.transition import TransitionMatrix
+from lightning_modules.diffusion.transition_weights import Others
 from lightning_modules.latent_images import LatentImages
 from lightning_modules.metrics.binned_mean import BinnedMean
-from lightning_modules.networks.modes import Frozen, evaluating
-from lightning_modules.noisy_posterior import load_noisy_classifier
+from lightning_modules.networks.modes import evaluating
 from lightning_modules.ssl_data import require_labels
+from lightning_modules.transition_weighting import TransitionWeighting, Weighting
 
-Weighting = Literal["posterior", "reverse", "none"]
 Split = Literal["val", "test"]
 
 
@@ -101,8 +91,6 @@ class TDSMDiffusion(BaseModule):
         ValueError: An argument is out of range, or what `weighting` needs is missing.
     """
 
-    transition: Tensor
-
     def __init__(
         self,
         network: nn.Module,
@@ -126,41 +114,24 @@ class TDSMDiffusion(BaseModule):
         draw_batch: int = 64,
         num_level_bins: int = 4,
     ) -> None:
-        if not isinstance(network, ConditionalNetwork):
-            msg = (
-                f"Expected a `network` with network(x, t, label), `null_label` and reset_classes(num_classes), got "
-                f"{type(network).__name__}; use UViT or ClassUNet."
-            )
-            raise TypeError(msg)
-        _check(weighting, others, threshold, label_dropout, num_classes)
-        if network.num_classes != num_classes:
-            network.reset_classes(num_classes)
-        if label_dropout > 0 and network.null_label is None:
-            msg = f"Expected a `network` with a null class for `label_dropout` {label_dropout}; set `null_class`."
-            raise ValueError(msg)
-        if (classifier is None) == (weighting == "posterior"):
-            msg = (
-                f"Expected a `classifier` of noisy images with `weighting` posterior, and only there, got "
-                f"{type(classifier).__name__} with {weighting!r}; `none` is plain diffusion on the labels as they are."
-            )
-            raise ValueError(msg)
-        super().__init__(cast("nn.Module", network), optimizer, lr_scheduler, ema_half_life=ema_half_life)
+        _give_classes(network, num_classes, label_dropout)
+        super().__init__(network, optimizer, lr_scheduler, ema_half_life=ema_half_life)
         self.save_hyperparameters(
             ignore=["network", "process", "classifier", "transition", "latent", "optimizer", "lr_scheduler"]
         )
         self.num_classes = num_classes
         self.process = EDMProcess() if process is None else process
-        self.weighting: Weighting = weighting
-        if classifier is not None and getattr(classifier, "num_classes", num_classes) != num_classes:
-            classifier.reset_classes(num_classes)  # type: ignore[operator]  # part of what a classifier has here
-        self.classifier = None if classifier is None else Frozen(classifier)
-        self.classifier_from = classifier_from
-        self._given_transition = transition
-        self.register_buffer("transition", torch.eye(num_classes))
-        self.others: Others = others
-        self.threshold = threshold
-        self.renormalize = renormalize
-        self.pairs_at_once = pairs_at_once
+        self.weighting = TransitionWeighting(
+            num_classes,
+            weighting,
+            classifier,
+            classifier_from,
+            transition,
+            others,
+            threshold,
+            renormalize,
+            pairs_at_once,
+        )
         self.label_dropout = label_dropout
         self.images = LatentImages(latent, latent_cache)
         self.compile_backend = compile
@@ -186,61 +157,16 @@ class TDSMDiffusion(BaseModule):
         super().on_fit_start()
         if self.compile_backend is not None and not self._compiled:
             self._compiled = [cast("nn.Module", torch.compile(self.network, backend=self.compile_backend))]
-        if not self.goes_on and self.weighting != "none":
-            self.transition.copy_(self._found_transition())
-        self.images.prepare(self.trainer, self.images.image_shape(self._network)[0])
-
-    def _found_transition(self) -> Tensor:
-        """T, by the first that knows it; loads the classifier on the way."""
-        found: Tensor | None = None
-        if self.classifier is not None and self.classifier_from is not None:
-            size, channels = self.images.image_shape(self._network)
-            found = load_noisy_classifier(
-                self.classifier.network,
-                self.classifier_from,
-                "classifier_from",
-                num_classes=self.num_classes,
-                image_size=size,
-                image_channels=channels,
-                process_settings=self.process.settings(),
-            )
-        if self._given_transition is not None:
-            found = self._given_transition.matrix(self.num_classes)
-        elif found is None:
-            found = getattr(getattr(self.trainer, "datamodule", None), "transition_matrix", None)
-        if found is None:
-            msg = (
-                "Expected `transition`, got None, and neither `classifier_from` nor the datamodule knows the label "
-                "noise; give one (SymmetricTransition, ConfusionTransition, ...), or learn it with "
-                "NoisyLabelClassifier and LearnedTransition."
-            )
-            raise ValueError(msg)
-        return require_transition(found, self.num_classes, "transition")
+        shape = self.images.image_shape(self._network)
+        if not self.goes_on:
+            self.weighting.prepare(getattr(self.trainer, "datamodule", None), shape, self.process)
+        self.images.prepare(self.trainer, shape[0])
 
     @property
     def _network(self) -> ConditionalNetwork:
         return cast("ConditionalNetwork", self.network)
 
     # ---------------------------------------------------------------- training
-
-    def weights(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor | None:
-        """Weights of the classes for noisy images and their given labels.
-
-        Args:
-            x: Noisy images x_0 + sigma eps, [B, C, H, W].
-            sigma: Their noise levels, [B].
-            label: Given labels, [B].
-
-        Returns:
-            [B, K], rows summing to 1; None where all weight is on the given label.
-        """
-        if self.weighting == "none":
-            return None
-        if self.classifier is None:
-            return reverse_weights(label, reverse_transition(self.transition).to(label.device))
-        scaled = scaled_input(self.classifier, self.process, x, sigma)
-        log_q = self.classifier(scaled, self.process.c_noise(sigma)).float().log_softmax(1)
-        return transition_weights(log_q, label, log_transition(self.transition))
 
     def loss_per_image(
         self, network: nn.Module, x: Tensor, sigma: Tensor, eps: Tensor, label: Tensor, weighted: bool = True
@@ -260,16 +186,7 @@ class TDSMDiffusion(BaseModule):
         """
         noisy = x + sigma.view(-1, 1, 1, 1) * eps
         denoiser = ClassDenoiser(network, self.process)
-        is_null = label == self.num_classes
-        weights = self.weights(noisy, sigma, torch.where(is_null, 0, label)) if weighted else None
-        if weights is None:
-            estimate = denoiser(noisy, sigma, label)
-        else:
-            # "No class" is a column of its own, and the only one that counts for an image without a label.
-            of_null = F.one_hot(torch.tensor(self.num_classes), self.num_classes + 1).to(weights)
-            weights = torch.where(is_null[:, None], of_null, F.pad(weights, (0, 1)))
-            how: dict[str, Any] = {"others": self.others, "threshold": self.threshold, "renormalize": self.renormalize}
-            estimate = mixed_estimate(denoiser, noisy, sigma, label, weights, pairs_at_once=self.pairs_at_once, **how)
+        estimate = self.weighting.estimate(denoiser, noisy, sigma, label) if weighted else denoiser(noisy, sigma, label)
         error = F.mse_loss(estimate.float(), x.float(), reduction="none").mean((1, 2, 3))
         return self.process.image_weight(sigma) * error
 
@@ -356,29 +273,22 @@ class TDSMDiffusion(BaseModule):
         Raises:
             ValueError: A label is no class, the size is not the network's, or there is no null class to be guided by.
         """
-        label = request["label"].to(self.device)
-        require_labels(label, self.num_classes)
+        require_labels(request["label"], self.num_classes)
         size, _ = self.images.image_shape(self._network)
         if request["image_size"] != size:
             msg = f"Expected `image_size` {size}, which the network was built for, got {request['image_size']}."
             raise ValueError(msg)
         denoiser = ClassDenoiser(self.ema_network, self.process)
-        guidance = float(request.get("guidance", 0.0))
+        guidance = request.get("guidance", 0.0)
         if guidance != 0 and not (denoiser.null_label is not None and self.label_dropout > 0):
             msg = (
                 f"Expected `guidance` 0 for a network that was trained without `label_dropout`, got {guidance}; train "
                 "with `null_class` and label_dropout 0.1, or draw without guidance."
             )
             raise ValueError(msg)
-        whole: Denoiser = denoiser
-        if guidance != 0:
-            whole = GuidedDenoiser(denoiser, guidance, self.num_classes)
-        sigmas = sampler_sigmas(self.process, request["sampler"], int(request["num_steps"]))
-        generators = seeded_generators(request["seed"])
-        side, channels = self._network.image_size, self._network.in_channels
-        x = sigmas[0] * seeded_noise(generators, (channels, side, side), device=self.device)
+        side = self._network.image_size
         with evaluating(self.ema_network):
-            x = sample(request["sampler"], in_fixed_batches(whole, self.draw_batch), x, sigmas, generators, label)
+            x = draw_classes(denoiser, request, (self._network.in_channels, side, side), self.draw_batch, self.device)
         return {"image": self.images.to_images(x), "label": request["label"], "seed": request["seed"]}
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
@@ -396,15 +306,19 @@ class TDSMDiffusion(BaseModule):
         return self.draw(batch)
 
 
-def _check(weighting: str, others: str, threshold: float, label_dropout: float, num_classes: int) -> None:
-    for name, choice, choices in (("weighting", weighting, Weighting), ("others", others, Others)):
-        if choice not in get_args(choices):
-            msg = f"Expected `{name}` to be one of {', '.join(get_args(choices))}, got {choice!r}."
-            raise ValueError(msg)
-    for name, value in (("threshold", threshold), ("label_dropout", label_dropout)):
-        if not 0 <= value < 1:
-            msg = f"Expected `{name}` in [0, 1), got {value}."
-            raise ValueError(msg)
-    if num_classes < 2:
-        msg = f"Expected `num_classes` >= 2, got {num_classes}; the transition matrix is between classes."
+def _give_classes(network: nn.Module, num_classes: int, label_dropout: float) -> None:
+    """Make room for the classes, and for "no class" where that is trained."""
+    if not isinstance(network, ConditionalNetwork):
+        msg = (
+            f"Expected a `network` with network(x, t, label), `null_label` and reset_classes(num_classes), got "
+            f"{type(network).__name__}; use UViT or ClassUNet."
+        )
+        raise TypeError(msg)
+    if not 0 <= label_dropout < 1:
+        msg = f"Expected `label_dropout` in [0, 1), got {label_dropout}."
+        raise ValueError(msg)
+    if network.num_classes != num_classes:
+        network.reset_classes(num_classes)
+    if label_dropout > 0 and network.null_label is None:
+        msg = f"Expected a `network` with a null class for `label_dropout` {label_dropout}; set `null_class`."
         raise ValueError(msg)

@@ -183,13 +183,6 @@ def test_every_objective_trains_validates_tests_and_predicts(objective: Objectiv
     torch.testing.assert_close(first["probabilities"].sum(1), torch.ones(4, 8, 8))
 
 
-def test_losses_are_binned_by_noise_level() -> None:
-    model = HybridSegmentation(tiny_unet(), 2, num_level_bins=4)
-    level = torch.tensor([0.0, 0.001, 0.25, 0.26, 0.99, 1.0])
-    sigma = model.process.sigma_at(level)
-    assert model._level_bin(sigma).tolist() == [0, 1, 1, 2, 4, 4]
-
-
 def test_it_learns_squares(tmp_path: Path) -> None:
     pl.seed_everything(0)
     model = HybridSegmentation(

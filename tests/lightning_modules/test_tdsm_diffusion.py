@@ -41,11 +41,10 @@ def test_the_identity_is_plain_diffusion_to_the_last_bit(others: str, label_drop
 
 
 def test_an_image_without_its_label_is_matched_unweighted() -> None:
-    model = tiny_tdsm()
+    model = tiny_tdsm(others="exact")
     x, sigma, eps = torch.randn(6, 1, 1, 1), torch.rand(6) + 0.1, torch.randn(6, 1, 1, 1)
     label = torch.tensor([3, 0, 3, 1, 2, 3])
-    model.transition.copy_(SymmetricTransition(0.4).matrix(3))
-    model.others = "exact"
+    model.weighting.transition.copy_(SymmetricTransition(0.4).matrix(3))
     weighted = model.loss_per_image(model.network, x, sigma, eps, label)
     unweighted = model.loss_per_image(model.network, x, sigma, eps, label, weighted=False)
     is_null = label == 3
@@ -61,13 +60,13 @@ def test_an_image_without_its_label_is_matched_unweighted() -> None:
 def test_classifier_and_generator_see_the_same_noisy_images(tmp_path: Path) -> None:
     seen: dict[str, list[tuple[Tensor, ...]]] = {"network": [], "classifier": []}
     model = tiny_tdsm()
-    assert model.classifier is not None
+    assert model.weighting.classifier is not None
 
     def listen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, inputs: seen[name].append(inputs)
 
     model.network.register_forward_pre_hook(listen("network"))
-    model.classifier.network.register_forward_pre_hook(listen("classifier"))
+    model.weighting.classifier.network.register_forward_pre_hook(listen("classifier"))
     fitted(model, tmp_path, max_epochs=1, limit_train_batches=1)
     (x, t, _), (noisy, level) = seen["network"][0], seen["classifier"][0]
     assert torch.equal(x, noisy)
@@ -90,8 +89,8 @@ def test_clean_classes_are_learnt_from_wrong_labels(tmp_path: Path) -> None:
 
 def test_weights_without_a_classifier_are_those_of_the_label() -> None:
     model = tiny_tdsm(weighting="reverse", classifier=None)
-    model.transition.copy_(SymmetricTransition(0.4).matrix(3))
-    weights = model.weights(torch.randn(3, 1, 1, 1), torch.ones(3), torch.arange(3))
+    model.weighting.transition.copy_(SymmetricTransition(0.4).matrix(3))
+    weights = model.weighting.weights(model.process, torch.randn(3, 1, 1, 1), torch.ones(3), torch.arange(3))
     assert weights is not None
     assert_close(weights, torch.full((3, 3), 0.2).fill_diagonal_(0.6))
 
@@ -105,7 +104,7 @@ def test_a_fit_goes_on_bit_equal(tmp_path: Path) -> None:
     whole = tiny_tdsm(**options)
     tiny_trainer(tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[Saves()]).fit(whole, points_loader())
     rest = tiny_tdsm(**options)
-    rest.transition.zero_()  # comes from the checkpoint
+    rest.weighting.transition.zero_()  # comes from the checkpoint
     path = str(tmp_path / "epoch=0.ckpt")
     tiny_trainer(tmp_path, max_epochs=2).fit(rest, points_loader(), ckpt_path=path, weights_only=True)
     for name, value in whole.state_dict().items():
@@ -244,8 +243,8 @@ def test_the_classifier_is_never_trained(tmp_path: Path) -> None:
             return logits
 
     model = fitted(tiny_tdsm(classifier=Learnable()), tmp_path)
-    assert model.classifier is not None
-    state = model.classifier.network.state_dict()
+    assert model.weighting.classifier is not None
+    state = model.weighting.classifier.network.state_dict()
     assert torch.equal(state["scale"], torch.ones(3))
     assert torch.equal(state["norm.running_mean"], torch.zeros(3))
-    assert not model.classifier.network.training
+    assert not model.weighting.classifier.network.training
