@@ -43,23 +43,27 @@ class Denoises(Protocol):
         ...
 
 
-class ImageGrid(Picture):
-    """Decides from which images a picture is drawn; subclasses draw it."""
+class FirstImages(Picture):
+    """A picture of the first images of the validation or test data; subclasses draw it.
+
+    Where there is no validation it is the first training images, unaugmented.
+    """
 
     tag: str
+    parts: tuple[str, ...] = ("image",)
+    """What an item of the data needs to have."""
 
     def __init__(self, every_n_epochs: int, num_images: int) -> None:
         super().__init__(every_n_epochs)
         require_positive(num_images=num_images)
         self.num_images = num_images
 
-    def picture(self, pl_module: pl.LightningModule, image: Tensor, mask: Tensor) -> Pixels | None:
+    def draw_items(self, pl_module: pl.LightningModule, items: Mapping[str, Tensor]) -> Pixels | None:
         """Draw the picture.
 
         Args:
             pl_module: The module, in evaluation mode.
-            image: [B, 3, H, W] in [0, 1], on the device of the module.
-            mask: [B, H, W] class ids, 255 where there is no label.
+            items: The `parts` of the images, each [B, ...]; `image` is on the device of the module.
 
         Returns:
             [height, width, 3], or nothing when the module has nothing to show.
@@ -106,13 +110,15 @@ class ImageGrid(Picture):
             return
         items = self._first_items(loaders)
         if not items:
-            self.say(f"the {split} data has no items with `image` and `mask`, nothing is drawn.")
+            self.say(
+                f"the {split} data has no items with {' and '.join(f'`{p}`' for p in self.parts)}, nothing is drawn."
+            )
             return
         with evaluating(trainer, pl_module):
             precision = trainer.strategy.precision_plugin
-            image = precision.convert_input(torch.stack([item["image"] for item in items]).to(pl_module.device))
-            mask = torch.stack([item["mask"] for item in items])
-            drawn = self.picture(pl_module, image, mask)
+            stacked = {name: torch.stack([item[name] for item in items]) for name in self.parts}
+            stacked["image"] = precision.convert_input(stacked["image"].to(pl_module.device))
+            drawn = self.draw_items(pl_module, stacked)
         if drawn is not None:
             add_image(f"{split}/{self.tag}", drawn, trainer.global_step, dataformats="HWC")
 
@@ -125,7 +131,30 @@ class ImageGrid(Picture):
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             return []
         items = [data[i] for i in range(min(self.num_images, len(data)))]
-        return [item for item in items if isinstance(item, Mapping) and {"image", "mask"} <= item.keys()]
+        return [item for item in items if isinstance(item, Mapping) and set(self.parts) <= item.keys()]
+
+
+class ImageGrid(FirstImages):
+    """A picture of the first images and their masks; subclasses draw it."""
+
+    parts = ("image", "mask")
+
+    def draw_items(self, pl_module: pl.LightningModule, items: Mapping[str, Tensor]) -> Pixels | None:
+        """Draw the picture, see `picture`."""
+        return self.picture(pl_module, items["image"], items["mask"])
+
+    def picture(self, pl_module: pl.LightningModule, image: Tensor, mask: Tensor) -> Pixels | None:
+        """Draw the picture.
+
+        Args:
+            pl_module: The module, in evaluation mode.
+            image: [B, 3, H, W] in [0, 1], on the device of the module.
+            mask: [B, H, W] class ids, 255 where there is no label.
+
+        Returns:
+            [height, width, 3], or nothing when the module has nothing to show.
+        """
+        raise NotImplementedError
 
 
 class SegmentationGrid(ImageGrid):

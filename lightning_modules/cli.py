@@ -88,11 +88,14 @@ def _export(words: list[str]) -> None:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    outputs = about["outputs"]
+    if "latent_channels" in about:
+        name, kind, outputs = "vae", "AutoencoderKL", f"{about['latent_channels']} latent channels"
+    else:
+        name, kind = "unet", "UNet2DModel"
+        outputs = f"{about['outputs']['image']} (image) + {about['outputs']['mask']} (mask) out"
     print(
         f"{given.output_dir}: {about['parameters']:,} parameters, {about['weights']} weights of step "
-        f"{about['global_step']}, {about['image_channels']} channels in, {outputs['image']} (image) + "
-        f"{outputs['mask']} (mask) out\n\n"
-        "  from diffusers import UNet2DModel\n"
-        f"  unet = UNet2DModel.from_pretrained({given.output_dir!r}, use_safetensors=True)"
+        f"{about['global_step']}, {about['image_channels']} channels in, {outputs}\n\n"
+        f"  from diffusers import {kind}\n"
+        f"  {name} = {kind}.from_pretrained({given.output_dir!r}, use_safetensors=True)"
     )

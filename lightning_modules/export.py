@@ -14,7 +14,9 @@ import torch
 from lightning_modules.checkpoints import load_checkpoint, network_weights
 from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess
 from lightning_modules.diffusion.vp_noise import VPProcess, VPSDEProcess
+from lightning_modules.latent_space import LatentSpace
 from lightning_modules.networks.adm_unet import ADMUNet
+from lightning_modules.networks.autoencoder import KLAutoencoder
 from lightning_modules.networks.pretrained import read_arguments, require_free, with_weights
 
 _NETWORK = "model.init_args.network"
@@ -35,13 +37,15 @@ def export_checkpoint(ckpt_path: str | Path, output_dir: str | Path, overwrite: 
     `ADMUNet.from_pretrained` and `init_from` take it back.
 
     Args:
-        ckpt_path: Checkpoint that `lightning fit` wrote of a HybridSegmentation with an ADMUNet.
+        ckpt_path: Checkpoint that `lightning fit` wrote of a HybridSegmentation with an ADMUNet, or of VAETraining:
+            then `diffusers.AutoencoderKL.from_pretrained` and LatentSpace load the folder.
         output_dir: A new or empty folder; it is written whole or not at all.
         overwrite: Replace a network that was exported to it before.
 
     Returns:
         What fewlight.json in the folder holds. `clean_image` is how the network is called on an image in [0, 1]:
-        network(scale * (2 * image - 1), timestep). `outputs` counts its channels, the image's first.
+        network(scale * (2 * image - 1), timestep). `outputs` counts its channels, the image's first. There is no such
+        file of an autoencoder, whose configuration says all; `latent_channels` tells it.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -50,6 +54,8 @@ def export_checkpoint(ckpt_path: str | Path, output_dir: str | Path, overwrite: 
     """
     require_free(output_dir, overwrite, "output_dir")
     checkpoint = load_checkpoint(ckpt_path, "ckpt_path")
+    if "autoencoder" in checkpoint.get("meaning", {}):
+        return _export_autoencoder(checkpoint, ckpt_path, output_dir, overwrite)
     settings = _settings(checkpoint, ckpt_path)
     num_classes = checkpoint.get("hyper_parameters", {}).get("num_classes")
     others = sorted(name for name in checkpoint["state_dict"] if not name.startswith(("network.", "ema.")))
@@ -73,6 +79,28 @@ def export_checkpoint(ckpt_path: str | Path, output_dir: str | Path, overwrite: 
     about["class_names"] = checkpoint.get("class_names") or None
     network.save_pretrained(output_dir, overwrite, about)
     return about
+
+
+def _export_autoencoder(
+    checkpoint: Mapping[str, Any], path: str | Path, output_dir: str | Path, overwrite: bool
+) -> dict[str, Any]:
+    try:
+        network = KLAutoencoder(**checkpoint["meaning"]["autoencoder"])
+    except TypeError as error:
+        msg = (
+            f"Expected `ckpt_path` to hold arguments of an autoencoder of fewlight {version('fewlight')}, but those of "
+            f"{path} do not fit: {error}; export it with the version that wrote it."
+        )
+        raise ValueError(msg) from error
+    space = LatentSpace(network, str(path))
+    space.save_pretrained(output_dir, overwrite)
+    return {
+        "weights": network_weights(dict(checkpoint), path, "ckpt_path")[1],
+        "global_step": checkpoint.get("global_step"),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "image_channels": space.image_channels,
+        "latent_channels": space.channels,
+    }
 
 
 def _settings(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:

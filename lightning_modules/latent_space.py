@@ -139,8 +139,17 @@ class LatentSpace(nn.Module):
 
         Returns:
             Images [B, C, H, W] in [0, 1].
+
+        Raises:
+            ValueError: The latents do not fit.
         """
         self.load()
+        if z.ndim != 4 or z.shape[1] != self.channels:
+            msg = (
+                f"Expected latents [B, {self.channels}, h, w], as the autoencoder has {self.channels} latent channels, "
+                f"got {list(z.shape)}; give the network that draws them {self.channels} channels."
+            )
+            raise ValueError(msg)
         with torch.autocast(z.device.type, enabled=False):
             x = decode(self.vae, z.float() / (self.sigma_data * self.scale) + self.shift)
         return (x.clamp(-1, 1) + 1) / 2
