@@ -271,8 +271,15 @@ class TDSMDiffusion(BaseModule):
             image [B, C, H, W] in [0, 1], label [B], seed [B].
 
         Raises:
+            TypeError: These are no requests for images of classes.
             ValueError: A label is no class, the size is not the network's, or there is no null class to be guided by.
         """
+        if not {"seed", "label", "image_size"} <= request.keys():
+            msg = (
+                f"Expected requests with `seed`, `label` and `image_size`, got {sorted(request)}; ask for "
+                "`images_per_class`, with SamplingDataModule in predict."
+            )
+            raise TypeError(msg)
         require_labels(request["label"], self.num_classes)
         size, _ = self.images.image_shape(self._network)
         if request["image_size"] != size:
@@ -292,17 +299,7 @@ class TDSMDiffusion(BaseModule):
         return {"image": self.images.to_images(x), "label": request["label"], "seed": request["seed"]}
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Draw a batch of requests, see `draw`.
-
-        Raises:
-            TypeError: These are no requests.
-        """
-        if not {"seed", "label", "image_size"} <= batch.keys():
-            msg = (
-                f"Expected requests with `seed`, `label` and `image_size`, got {sorted(batch)}; predict with "
-                "SamplingDataModule and its `images_per_class`."
-            )
-            raise TypeError(msg)
+        """Draw a batch of requests, see `draw`."""
         return self.draw(batch)
 
 
