@@ -79,9 +79,7 @@ def draw_class_matrix(
     picture.paste(matrix, (left, top))
     draw.rectangle((left - 1, top - 1, left + side, top + side), outline=_INK)
     middles = [(k + 0.5) * cell for k in range(classes)] if named else [4.0, side - 5.0]
-    for middle, name in zip(middles, shown, strict=True):
-        draw.text((left - 6, top + middle), name, fill=_INK, font=_font(13), anchor="rm")
-        _write_upwards(picture, left + middle, top + side + 6, name, 13)
+    _write_names(picture, shown, middles, (left, top, side))
     _write_upwards(picture, _MARGIN + 6, top + side / 2, rows, 14, centred=True)
     below = round(top + side + labels + 14)
     draw.text((left + side / 2, below), columns, fill=_INK, font=_font(14), anchor="ma")
@@ -115,6 +113,17 @@ def _write_values(matrix: Image.Image, values: Tensor, cell: int, write: Callabl
                 ink = _PAPER if value > 0.3 * rows[i] else _INK
                 middle = ((j + 0.5) * cell, (i + 0.5) * cell)
                 draw.text(middle, text, fill=ink, font=_font(size), anchor="mm")
+
+
+def _write_names(
+    picture: Image.Image, names: Sequence[str], middles: Sequence[float], place: tuple[int, int, int]
+) -> None:
+    """The names left of the matrix and below it; place: its left, top and side."""
+    left, top, side = place
+    draw = ImageDraw.Draw(picture)
+    for middle, name in zip(middles, names, strict=True):
+        draw.text((left - 6, top + middle), name, fill=_INK, font=_font(13), anchor="rm")
+        _write_upwards(picture, left + middle, top + side + 6, name, 13)
 
 
 def _write_upwards(picture: Image.Image, x: float, y: float, text: str, size: int, centred: bool = False) -> None:
