@@ -62,9 +62,7 @@ def draw_class_matrix(
         raise ValueError(msg)
     classes = len(names)
     named = classes <= _MOST_NAMED
-    cell = max(1, min(_LARGEST_CELL, _SIDE // classes))
-    if named:
-        cell = max(cell, _SMALLEST_CELL)
+    cell = max(_SMALLEST_CELL if named else 1, min(_LARGEST_CELL, _SIDE // classes))
     side = cell * classes
     matrix = Image.fromarray(_colors(values)).resize((side, side), Image.Resampling.NEAREST)
     if named:
