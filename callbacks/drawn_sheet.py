@@ -19,7 +19,7 @@ from callbacks.drawing import (
     tint,
     to_pixels,
 )
-from datamodules.synthetic_images import ClassRow, SyntheticImages, read
+from datamodules.synthetic_images import ClassRow, read
 
 _SHOWN = 16
 _PAIRS_A_ROW = 4
@@ -63,22 +63,35 @@ def class_sheet(folder: Path) -> Pixels:
     Returns:
         [height, width, 3].
     """
-    chosen = _first_of_each(read(folder, "classes"))
-    rows = []
-    for images in chosen:
-        cells = [to_pixels(_values(folder / row.file_name) / 255, _LEAST_OF_MANY)[0] for row in images]
-        rows.append([captioned(np.full_like(cells[0], PAPER), images[0].class_name), *cells])
-    return sheet(["class"] + [""] * max(map(len, chosen)), rows)
-
-
-def _first_of_each(artifact: SyntheticImages[ClassRow]) -> list[Sequence[ClassRow]]:
-    """The first images of some classes, in the order of their numbers."""
     found: dict[int, list[ClassRow]] = {}
-    for row in artifact.rows:
+    for row in read(folder, "classes").rows:
         found.setdefault(row.label, []).append(row)
-    labels = sorted(found)
+    chosen = [found[label][:_IMAGES_A_CLASS] for label in shown_classes(sorted(found))]
+    return class_rows(
+        [(rows[0].class_name, [_values(folder / row.file_name) / 255 for row in rows]) for rows in chosen]
+    )
+
+
+def class_rows(classes: Sequence[tuple[str, Sequence[Tensor]]]) -> Pixels:
+    """Draw a row for each class, its name first.
+
+    Args:
+        classes: Name and images [C, H, W] in [0, 1] of each, at least one image.
+
+    Returns:
+        [height, width, 3].
+    """
+    rows = []
+    for name, images in classes:
+        cells = [to_pixels(image, _LEAST_OF_MANY)[0] for image in images]
+        rows.append([captioned(np.full_like(cells[0], PAPER), name), *cells])
+    return sheet(["class"] + [""] * max(len(row) - 1 for row in rows), rows)
+
+
+def shown_classes(labels: Sequence[int]) -> list[int]:
+    """Return the classes that a picture has room for: of more than 20, 20 that are evenly spread."""
     shown = min(_CLASSES, len(labels))
-    return [found[labels[i * len(labels) // shown]][:_IMAGES_A_CLASS] for i in range(shown)]
+    return [labels[i * len(labels) // shown] for i in range(shown)]
 
 
 def _values(path: Path) -> Tensor:

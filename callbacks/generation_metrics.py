@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Literal, Protocol, cast, runtime_checkable
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
@@ -11,15 +10,12 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from callbacks.drawing import PAPER, Pixels, captioned, sheet, to_pixels
 from callbacks.drawing_progress import drawing_progress
+from callbacks.drawn_sheet import class_rows, shown_classes
 from callbacks.picture import EvalSplit, Picture, class_name, lacks_method, require_positive
 from callbacks.reference_features import Extracts, RealImages, Reference, ReferenceSplit, reference_features
 from callbacks.sampling import Draws, drawing
 from datamodules.synthetic_images import DrawRequest, SamplerName
-
-_LEAST = 64
-_CLASSES = 20
 
 
 @runtime_checkable
@@ -290,25 +286,15 @@ class GenerationMetrics(Picture):
                 advance(len(label))
         if first and (add_image := self.sink(trainer)) is not None:
             images, labels = (torch.cat(list(parts)) for parts in zip(*first, strict=True))
-            names = [class_name(trainer, c) for c in range(len(request.counts))]
-            picture = _rows_of_classes(images, labels, names, self.shown)
+            some = shown_classes(range(len(request.counts)))
+            rows = [(class_name(trainer, c), list(images[labels == c][: self.shown])) for c in some]
+            picture = class_rows([row for row in rows if row[1]])
             add_image(f"drawn/{split}", picture, trainer.global_step, dataformats="HWC")
 
 
 def _share(num_blocks: int, rank: int, world_size: int) -> range:
     """Neighbouring blocks: put one behind the other by rank, images are in the order of one process."""
     return range(rank * num_blocks // world_size, (rank + 1) * num_blocks // world_size)
-
-
-def _rows_of_classes(images: Tensor, labels: Tensor, names: Sequence[str], shown: int) -> Pixels:
-    """A row for each class, its name first; of many classes, some that are evenly spread."""
-    count = min(_CLASSES, len(names))
-    rows = []
-    for c in (i * len(names) // count for i in range(count)):
-        cells = [to_pixels(image, _LEAST)[0] for image in images[labels == c][:shown]]
-        if cells:
-            rows.append([captioned(np.full_like(cells[0], PAPER), names[c]), *cells])
-    return sheet(["class"] + [""] * max(len(row) - 1 for row in rows), rows)
 
 
 def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:

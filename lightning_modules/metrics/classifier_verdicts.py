@@ -81,27 +81,33 @@ class LabelConsistency(GenerationMetric):
     """Share of drawn images in which a classifier sees the class that was asked for.
 
     The classifier should have learned from clean labels, and what it gets wrong of real images it gets wrong here.
-    Logged as `label_consistency`. Real images do not count.
+    Logged as `label_consistency`, beside `label_consistency_real`: the share of the real images in which it sees their
+    class, which is what to expect of perfect images.
     """
 
     name = "label_consistency"
 
-    right: Tensor
+    real_right: Tensor
+    drawn_right: Tensor
 
     def add_states(self) -> None:
-        """A number of images."""
-        self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
+        """Two numbers of images."""
+        for name in ("real_right", "drawn_right"):
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def add(self, features: Tensor, labels: Tensor, probabilities: Tensor, real: bool, images: Tensor | None) -> None:
-        """Count a batch of drawn images."""
+        """Count a batch."""
         if probabilities.shape[1] != self.num_classes:
             msg = (
                 f"Expected `probabilities` of the {self.num_classes} classes of the data for `{self.name}`, got "
                 f"{probabilities.shape[1]}; take an extractor that was trained on these classes (ClassifierFeatures)."
             )
             raise ValueError(msg)
-        if not real:
-            self.right += (probabilities.argmax(1) == labels).sum()
+        right = (probabilities.argmax(1) == labels).sum()
+        if real:
+            self.real_right += right
+        else:
+            self.drawn_right += right
 
     def require_images(self, real: Tensor, drawn: Tensor) -> None:
         """Refuse to judge no image.
@@ -113,14 +119,15 @@ class LabelConsistency(GenerationMetric):
             msg = f"Expected drawn images for `{self.name}`, got none; call update(real=False)."
             raise ValueError(msg)
 
-    def compute(self) -> Tensor:
-        """Share of the drawn images seen.
+    def compute(self) -> dict[str, Tensor]:
+        """Shares of the drawn and of the real images seen.
 
         Returns:
-            Scalar in [0, 1].
+            Scalars in [0, 1] by name; that of real images is NaN where there are none.
 
         Raises:
             ValueError: No image was drawn.
         """
         self.require_images(self.real_count, self.drawn_count)
-        return self.right / self.drawn_count.sum()
+        drawn, real = self.drawn_right / self.drawn_count.sum(), self.real_right / self.real_count.sum()
+        return {self.name: drawn, f"{self.name}_real": real}

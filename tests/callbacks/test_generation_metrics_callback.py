@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from board import board_trainer, pictures
+from jsonargparse import ArgumentParser
 from tiny_nets import tiny_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -158,9 +159,19 @@ def test_values_of_a_test_reach_the_report(tmp_path: Path) -> None:
     trainer = board_trainer(tmp_path, compare(first_seed=5), MetricsReport())
     trainer.test(model, Rows(), verbose=False)
     found = json.loads((tmp_path / "metrics.json").read_text())
-    names = ["fid", "cw_fid", "precision_k3", "recall_k3", "density_k3", "coverage_k3", "is", "label_consistency"]
+    names = [
+        "fid",
+        "cw_fid",
+        "precision_k3",
+        "recall_k3",
+        "density_k3",
+        "coverage_k3",
+        "is",
+        "label_consistency",
+        "label_consistency_real",
+    ]
     assert set(found) == {*(f"test_{name}_rows" for name in names), "test_cas_flat"}
-    assert found["test_label_consistency_rows"] == 1
+    assert found["test_label_consistency_rows"] == found["test_label_consistency_real_rows"] == 1
     assert found["test_cas_flat"] > 0.9
     expected = prdc(features(31, 3000), features(36, 5), 3)
     assert found["test_coverage_k3_rows"] == pytest.approx(expected[3].item())
@@ -351,3 +362,21 @@ def test_nothing_is_drawn_in_a_dry_run(tmp_path: Path) -> None:
     model = Generator()
     tiny_trainer(tmp_path, callbacks=[compare()], fast_dev_run=True).fit(model, Rows())
     assert not model.asked
+
+
+def test_it_can_be_written_in_a_config() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--callback", type=GenerationMetrics)
+    network = {"class_path": "lightning_modules.WideResNet", "init_args": {"depth": 10, "widen": 1, "in_channels": 1}}
+    extractor = {"network": network, "weights": "runs/clean/last.ckpt", "num_classes": 10}
+    metrics = [
+        {"class_path": "lightning_modules.FrechetDistance", "init_args": {"per_class": True}},
+        {"class_path": "lightning_modules.ManifoldMetrics", "init_args": {"k": 5}},
+        {"class_path": "lightning_modules.ClassificationAccuracyScore", "init_args": {"network": network}},
+    ]
+    settings = {"metrics": metrics, "extractor": {"class_path": "lightning_modules.ClassifierFeatures"}}
+    settings["extractor"]["init_args"] = extractor  # type: ignore[call-overload]
+    config = {"callback": {"class_path": "callbacks.GenerationMetrics", "init_args": settings}}
+    found = parser.instantiate_classes(parser.parse_object(config)).callback
+    assert [metric.name for metric in found.metrics] == ["cw_fid", "prdc_k5", "cas_wideresnet"]
+    assert found.extractor.num_features == 64

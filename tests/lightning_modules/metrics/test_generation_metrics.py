@@ -189,13 +189,14 @@ def test_splits_of_the_classifier_score() -> None:
     assert 0 < found["is_std"] < 1
 
 
-def test_label_consistency_counts_drawn_images_only() -> None:
+def test_label_consistency_of_drawn_and_real_images() -> None:
     metric = LabelConsistency().set_up(D, K)
     features, labels, _ = toy(6, 0)
     seen = torch.tensor([0, 1, 2, 0, 0, 0])
     metric.update(features, labels, torch.eye(K)[seen], real=False)
-    metric.update(features, labels, torch.eye(K)[labels], real=True)
-    assert metric.compute().item() == pytest.approx(4 / 6)
+    assert metric.compute()["label_consistency_real"].isnan()
+    metric.update(features[:4], labels[:4], torch.eye(K)[seen.flip(0)[:4]], real=True)
+    assert as_dict(metric.compute()) == pytest.approx({"label_consistency": 4 / 6, "label_consistency_real": 1 / 4})
 
 
 # ---------------------------------------------------------------- CAS
