@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lightning_modules.metrics.manifold import ManifoldMetrics as ManifoldMetrics
     from lightning_modules.networks.adm_unet import ADMUNet as ADMUNet
     from lightning_modules.networks.autoencoder import KLAutoencoder as KLAutoencoder
+    from lightning_modules.networks.class_unet import ClassUNet as ClassUNet
+    from lightning_modules.networks.noisy_resnet import NoisyResNet as NoisyResNet
     from lightning_modules.networks.timm_classifier import TimmClassifier as TimmClassifier
     from lightning_modules.networks.uvit import UViT as UViT
     from lightning_modules.networks.wide_resnet import WideResNet as WideResNet
@@ -77,6 +79,7 @@ _HOMES = {
     "ClassificationAccuracyScore": "lightning_modules.metrics.classification_accuracy",
     "ClassifierFeatures": "lightning_modules.feature_extractors",
     "ClassifierScore": "lightning_modules.metrics.classifier_verdicts",
+    "ClassUNet": "lightning_modules.networks.class_unet",
     "CoMatch": "lightning_modules.ssl.comatch",
     "ConfusionTransition": "lightning_modules.diffusion.transition",
     "CosineDecay": "lightning_modules.ssl.schedules",
@@ -106,6 +109,7 @@ _HOMES = {
     "Method": "lightning_modules.ssl.base",
     "MixMatch": "lightning_modules.ssl.mixmatch",
     "NoisyLabelClassifier": "lightning_modules.noisy_label_classifier",
+    "NoisyResNet": "lightning_modules.networks.noisy_resnet",
     "NoisyStudent": "lightning_modules.ssl.noisy_student",
     "PiModel": "lightning_modules.ssl.pi_model",
     "PseudoLabel": "lightning_modules.ssl.pseudo_label",
@@ -139,6 +143,7 @@ __all__ = [
     "AdaMatch",
     "AdversarialTraining",
     "AsymmetricTransition",
+    "ClassUNet",
     "ClassificationAccuracyScore",
     "ClassifierFeatures",
     "ClassifierScore",
@@ -170,6 +175,7 @@ __all__ = [
     "Method",
     "MixMatch",
     "NoisyLabelClassifier",
+    "NoisyResNet",
     "NoisyStudent",
     "PiModel",
     "PseudoLabel",
@@ -185,6 +191,7 @@ __all__ = [
     "TemporalEnsembling",
     "TimmClassifier",
     "TransitionMatrix",
+    "UViT",
     "VAETraining",
     "VPProcess",
     "VPSDEProcess",

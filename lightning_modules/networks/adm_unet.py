@@ -7,12 +7,22 @@ another network; this wrapper sets them, adds the zero initialisation that diffu
 its inputs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from lightning_modules.networks.conditioning import check_noisy_images, check_positive
+from lightning_modules.networks.unet_options import (
+    attention_levels,
+    block_types,
+    check_channel_mult,
+    check_divisible,
+    check_widths,
+    zero_last_layers,
+)
 
 HEAD_GAIN = 0.1
 """A fresh head draws weights of deviation HEAD_GAIN / sqrt(fan_in): logits near 0, gradients not."""
@@ -92,10 +102,11 @@ class ADMUNet(nn.Module):
             "head_channels": head_channels,
             "norm_groups": norm_groups,
         }
-        _check_positive(counts, channel_mult)
-        attends = _attention_levels(image_size, len(channel_mult), attention_resolutions)
+        check_positive(counts)
+        check_channel_mult(channel_mult)
+        attends = attention_levels(image_size, len(channel_mult), attention_resolutions)
         widths = tuple(base_channels * multiple for multiple in channel_mult)
-        _check_widths(widths, attends, norm_groups=norm_groups, head_channels=head_channels)
+        check_widths(widths, attends, norm_groups=norm_groups, head_channels=head_channels)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.downsample_factor = 2 ** (len(channel_mult) - 1)
@@ -117,7 +128,7 @@ class ADMUNet(nn.Module):
             **ADM_OPTIONS,
         )
         if zero_init:
-            self._zero_last_layers()
+            zero_last_layers(self.unet)
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
 
@@ -214,7 +225,8 @@ class ADMUNet(nn.Module):
         Raises:
             ValueError: If a shape does not fit.
         """
-        self._check_input(x, t)
+        check_noisy_images(x, t, self.in_channels)
+        check_divisible(x, self.downsample_factor)
         # Not 16-bit: neighbouring steps near 1000 would share one embedding.
         t = t.to(device=x.device, dtype=torch.float32).expand(x.shape[0])
         maps: Tensor = self.unet(x, t, return_dict=False)[0]
@@ -281,93 +293,3 @@ class ADMUNet(nn.Module):
         self.unet.conv_out = new.train(old.training)
         self.unet.register_to_config(out_channels=out_channels)
         self.out_channels = out_channels
-
-    def _zero_last_layers(self) -> None:
-        from diffusers.models.attention_processor import Attention
-        from diffusers.models.resnet import ResnetBlock2D
-
-        layers: list[nn.Module] = [self.head]
-        for module in self.unet.modules():
-            if isinstance(module, ResnetBlock2D):
-                layers.append(module.conv2)
-            elif isinstance(module, Attention):
-                layers.append(module.to_out[0])
-        for layer in layers:
-            for parameter in layer.parameters():
-                nn.init.zeros_(parameter)
-
-    def _check_input(self, x: Tensor, t: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            msg = (
-                f"Expected `x` of shape [B, {self.in_channels}, H, W], got {list(x.shape)}. "
-                f"Build the network with a fitting `in_channels`."
-            )
-            raise ValueError(msg)
-        height, width = x.shape[-2:]
-        factor = self.downsample_factor
-        if height % factor or width % factor or not height or not width:
-            fit = [max(factor, -(-side // factor) * factor) for side in (height, width)]
-            msg = (
-                f"Expected `x` with height and width divisible by {factor}, got {height} x {width}. "
-                f"Resize or pad the images to {fit[0]} x {fit[1]}, or use fewer levels (`channel_mult`)."
-            )
-            raise ValueError(msg)
-        if t.shape not in ((), (x.shape[0],)):
-            msg = f"Expected `t` with one number per image, shape [{x.shape[0]}], got {list(t.shape)}."
-            raise ValueError(msg)
-
-
-def _check_positive(counts: dict[str, int], channel_mult: Sequence[int]) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            msg = f"Expected `{name}` to be at least 1, got {count}."
-            raise ValueError(msg)
-    if not channel_mult or min(channel_mult) < 1:
-        msg = f"Expected `channel_mult` to hold one positive integer per level, got {tuple(channel_mult)}."
-        raise ValueError(msg)
-
-
-def _attention_levels(image_size: int, levels: int, attention_resolutions: Sequence[int]) -> list[bool]:
-    factor = 2 ** (levels - 1)
-    if image_size < factor or image_size % factor:
-        msg = (
-            f"Expected `image_size` divisible by {factor} for {levels} levels, got {image_size}. "
-            f"Use another size or fewer levels (`channel_mult`)."
-        )
-        raise ValueError(msg)
-    resolutions = [image_size // 2**level for level in range(levels)]
-    unknown = [resolution for resolution in attention_resolutions if resolution not in resolutions]
-    if unknown:
-        msg = (
-            f"Expected `attention_resolutions` among {resolutions}, the levels at `image_size` {image_size}, "
-            f"got {unknown}. Name levels that exist, or change `image_size` or `channel_mult`."
-        )
-        raise ValueError(msg)
-    return [resolution in attention_resolutions for resolution in resolutions]
-
-
-def block_types(attends: Sequence[bool]) -> dict[str, tuple[str, ...]]:
-    """Name diffusers' blocks for levels that attend or do not, finest level first."""
-    # Not the plain "DownBlock2D" and "UpBlock2D": those ignore `downsample_type="resnet"` without a word.
-    down = tuple("AttnDownBlock2D" if attend else "ResnetDownsampleBlock2D" for attend in attends)
-    up = tuple("AttnUpBlock2D" if attend else "ResnetUpsampleBlock2D" for attend in reversed(attends))
-    return {"down_block_types": down, "up_block_types": up}
-
-
-def _check_widths(widths: Sequence[int], attends: Sequence[bool], *, norm_groups: int, head_channels: int) -> None:
-    bad = sorted({width for width in widths if width % norm_groups})
-    if bad:
-        msg = (
-            f"Expected `norm_groups` to divide every width of {tuple(widths)}, got {norm_groups}, which does "
-            f"not divide {bad}. Choose a divisor, or another `base_channels`."
-        )
-        raise ValueError(msg)
-    # The bottleneck has the last level's width and always attends.
-    attended = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}
-    bad = sorted(width for width in attended if width % head_channels)
-    if bad:
-        msg = (
-            f"Expected `head_channels` to divide the widths with attention, {sorted(attended)}, got "
-            f"{head_channels}, which does not divide {bad}. Choose a divisor, or attend at other levels."
-        )
-        raise ValueError(msg)

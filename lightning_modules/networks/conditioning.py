@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def sinusoid(t: Tensor, width: int, time_scale: float = 1.0) -> Tensor:
@@ -65,27 +65,54 @@ def check_noisy_images(x: Tensor, t: Tensor, in_channels: int) -> None:
         raise ValueError(msg)
 
 
-def check_labels(label: Tensor | None, batch: int, num_classes: int | None) -> Tensor:
-    """Check that a class-conditional network knows its classes and got one label an image.
+def require_classes(num_classes: int | None) -> int:
+    """Return the number of classes of a network that was told it.
+
+    Args:
+        num_classes: K, or None.
+
+    Raises:
+        ValueError: It is None.
+    """
+    if num_classes is None:
+        msg = "Expected `num_classes` to be known, got None; call reset_classes(num_classes) first."
+        raise ValueError(msg)
+    return num_classes
+
+
+def check_labels(label: Tensor | None, batch: int) -> Tensor:
+    """Check that a class-conditional network got one label an image.
 
     Whether labels lie in range is not asked: on a GPU the answer would stop every step. Who reads labels checks them.
 
     Args:
         label: Class ids, [B].
         batch: B.
-        num_classes: Classes of the network, None if it was not told.
 
     Returns:
         The labels.
 
     Raises:
-        ValueError: There are no classes or no labels, or not one an image.
+        ValueError: There are no labels, or not one an image.
     """
-    if num_classes is None:
-        msg = "Expected `num_classes` to be known, got None; call reset_classes(num_classes) first."
-        raise ValueError(msg)
     if label is None or label.shape != (batch,):
         got = "None" if label is None else list(label.shape)
         msg = f"Expected `label` with one class id per image, shape [{batch}], got {got}."
         raise ValueError(msg)
     return label
+
+
+def class_rows(num_classes: int, null_class: bool, width: int, like: Tensor) -> nn.Embedding:
+    """Build a class table, drawn from N(0, 1).
+
+    Args:
+        num_classes: K.
+        null_class: One row more, for "no class".
+        width: Length of a row.
+        like: Decides device and type.
+
+    Raises:
+        ValueError: K is not positive.
+    """
+    check_positive({"num_classes": num_classes})
+    return nn.Embedding(num_classes + int(null_class), width, device=like.device, dtype=like.dtype)

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_modules.networks.adm_unet import ADM_OPTIONS, block_types
+from lightning_modules.networks.adm_unet import ADM_OPTIONS
+from lightning_modules.networks.unet_options import block_types
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 CONFIG_FILE = "config.json"

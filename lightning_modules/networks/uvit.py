@@ -4,7 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_modules.networks.conditioning import check_labels, check_noisy_images, check_positive, sinusoid
+from lightning_modules.networks.conditioning import (
+    check_labels,
+    check_noisy_images,
+    check_positive,
+    class_rows,
+    require_classes,
+    sinusoid,
+)
 
 
 class UViT(nn.Module):
@@ -92,7 +99,7 @@ class UViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, patch_size**2 * in_channels)
         self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1) if conv else nn.Identity()
-        self.class_table: nn.Embedding | None = None
+        self.class_table: nn.Module = nn.Identity()
         self.num_classes: int | None = None
         self.reset_parameters()
         if num_classes is not None:
@@ -128,13 +135,11 @@ class UViT(nn.Module):
         Raises:
             ValueError: It is not positive, or the network has no class token.
         """
-        check_positive({"num_classes": num_classes})
         if not self.conditional:
             msg = f"Expected no `num_classes` for conditional=False, got {num_classes}; build it with conditional=True."
             raise ValueError(msg)
+        self.class_table = class_rows(num_classes, self.null_class, self.embed_dim, self.position)
         self.num_classes = num_classes
-        rows = num_classes + int(self.null_class)
-        self.class_table = nn.Embedding(rows, self.embed_dim, device=self.position.device, dtype=self.position.dtype)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Run the network.
@@ -162,8 +167,8 @@ class UViT(nn.Module):
         time = sinusoid(t.to(x.device).expand(len(x)), self.embed_dim, self.time_scale).to(self.position.dtype)
         tokens = [time[:, None], self.patch_embed(x).flatten(2).transpose(1, 2)]
         if self.conditional:
-            label = check_labels(label, len(x), self.num_classes)
-            tokens.insert(0, self.class_table(label)[:, None])  # type: ignore[misc]  # there is one with num_classes
+            require_classes(self.num_classes)
+            tokens.insert(0, self.class_table(check_labels(label, len(x)))[:, None])
         elif label is not None:
             msg = "Expected no `label` for a network without class token; build it with conditional=True."
             raise ValueError(msg)
