@@ -133,17 +133,10 @@ class NoisyPosterior(BaseModule):
         Raises:
             ValueError: The data has other classes, or nobody knows T.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        of_data = getattr(data, "num_classes", None)
-        if of_data is not None and of_data != self.num_classes:
-            msg = (
-                f"Expected `num_classes` to be the data's, got {self.num_classes} for the module and {of_data} from "
-                f"the datamodule; build the module with num_classes={of_data}."
-            )
-            raise ValueError(msg)
+        self.require_classes_of_data(self.num_classes)
         if stage != "fit" or self._given:
             return
-        found = getattr(data, "transition_matrix", None)
+        found = getattr(getattr(self.trainer, "datamodule", None), "transition_matrix", None)
         if found is None:
             msg = (
                 "Expected a `transition`, got None, and the datamodule knows none: labels that are wrong already, or "
