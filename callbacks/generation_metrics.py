@@ -70,7 +70,7 @@ class GenerationMetrics(Picture):
         first_seed: The smallest seed.
         batch_size: Images drawn at once, on each device.
         every_n_epochs: Epochs between comparisons in a fit; the last epoch always has one.
-        on: Compare in validations, in the test, or in both.
+        when: Compare in validations, in the test, or in both.
         reference: Real images to compare with. Test images have true labels. Training images are what published
             values are about, but have the labels they were given: with noise on them, values of single classes
             (`per_class`) mean little. The classification accuracy score is always of test images.
@@ -94,7 +94,7 @@ class GenerationMetrics(Picture):
         first_seed: int = 0,
         batch_size: int = 256,
         every_n_epochs: int = 1,
-        on: Literal["val", "test", "both"] = "both",
+        when: Literal["val", "test", "both"] = "both",
         reference: ReferenceSplit = "test",
         cache_dir: str | None = None,
         shown: int = 8,
@@ -102,7 +102,7 @@ class GenerationMetrics(Picture):
         """Check the arguments; weights are read when a run begins."""
         super().__init__(every_n_epochs)
         require_positive(images_per_class=images_per_class, num_steps=num_steps, batch_size=batch_size)
-        _require_choice("on", on, ("val", "test", "both"))
+        _require_choice("when", when, ("val", "test", "both"))
         _require_choice("reference", reference, ("train", "test"))
         self.extractor = extractor
         self.metrics = _require_metrics(metrics)
@@ -112,7 +112,7 @@ class GenerationMetrics(Picture):
         self.guidance = guidance
         self.first_seed = first_seed
         self.batch_size = batch_size
-        self.on = on
+        self.when = when
         self.reference = reference
         self.cache_dir = cache_dir
         self.shown = shown
@@ -135,7 +135,7 @@ class GenerationMetrics(Picture):
         """
         self._known = None
         split = {"fit": "val", "validate": "val", "test": "test"}.get(stage)
-        if split is None or self.on not in (split, "both"):
+        if split is None or self.when not in (split, "both"):
             return
         if not isinstance(pl_module, Draws):
             raise TypeError(lacks_method(pl_module, "draw(request)", type(self)))
@@ -153,6 +153,25 @@ class GenerationMetrics(Picture):
         for metric in self.metrics:
             metric.set_up(extractor.num_features, len(request.counts))
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the real images, and draw one in a single step, before anything is trained.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module that draws.
+
+        Raises:
+            ValueError: The module refuses to draw, or there are too few images.
+        """
+        if self.when == "test":
+            return
+        request = self._request(trainer)
+        with isolate_rng(), torch.inference_mode(False), torch.no_grad():
+            with drawing(trainer, pl_module, type(self)) as draw:
+                draw(request.trial().batch(0))
+            if not getattr(trainer, "fast_dev_run", False):
+                self._require_images(trainer, self._extracts(), request)
+
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare after validation.
 
@@ -160,7 +179,7 @@ class GenerationMetrics(Picture):
             trainer: The trainer.
             pl_module: The module that draws.
         """
-        if self.on != "test" and self.is_due_after_validation(trainer):
+        if self.when != "test" and self.is_due_after_validation(trainer):
             self._measure(trainer, pl_module, "val")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -170,7 +189,7 @@ class GenerationMetrics(Picture):
             trainer: The trainer.
             pl_module: The module that draws.
         """
-        if self.on != "test" and not self.validates(trainer) and self.is_due(trainer):
+        if self.when != "test" and not self.validates(trainer) and self.is_due(trainer):
             self._measure(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -180,7 +199,7 @@ class GenerationMetrics(Picture):
             trainer: The trainer.
             pl_module: The module that draws.
         """
-        if self.on != "val":
+        if self.when != "val":
             self._measure(trainer, pl_module, "test")
 
     # ---------------------------------------------------------------- what
@@ -236,15 +255,21 @@ class GenerationMetrics(Picture):
         self.extractor.cpu()
         pl_module.log_dict(values, sync_dist=True)
 
-    def _add_real(self, trainer: pl.Trainer, extractor: Extracts, request: DrawRequest) -> None:
+    def _require_images(self, trainer: pl.Trainer, extractor: Extracts, request: DrawRequest) -> Reference:
+        """The real images as metrics see them, if there are enough of these and of drawn ones."""
         if self._known is None:
+            self.extractor.to(trainer.strategy.root_device)
             images = RealImages(trainer, self.reference)
             self._known = reference_features(images, extractor, self.cache_dir)
         real, drawn = torch.bincount(self._known.labels, minlength=len(request.counts)), torch.tensor(request.counts)
         for metric in self.metrics:
             metric.require_images(real, drawn)
+        return self._known
+
+    def _add_real(self, trainer: pl.Trainer, extractor: Extracts, request: DrawRequest) -> None:
+        known = self._require_images(trainer, extractor, request)
         device, rank, world = trainer.strategy.root_device, trainer.global_rank, trainer.world_size
-        own = Reference(*(part[rank::world] for part in self._known))
+        own = Reference(*(part[rank::world] for part in known))
         by_features = [metric for metric in self.metrics if not metric.needs_images]
         for start in range(0, len(own.labels) if by_features else 0, self.batch_size):
             features, labels, probabilities = (part[start : start + self.batch_size].to(device) for part in own)

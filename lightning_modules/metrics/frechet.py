@@ -14,9 +14,9 @@ class FrechetDistance(GenerationMetric):
         d^2 = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)).
 
     Only sums are kept, in float64, so neither batches nor processes matter. Logged as `fid`; the mean over the
-    distances of each class as `cw_fid`, which needs K * D^2 numbers for each of the two sets: 3.4 GB with 100 classes
-    and the 2048 features of Inception. The distance depends on the number of images, the more so the more features
-    there are: compare values of equal numbers only.
+    distances of each class as `cw_fid`. That one keeps K * D^2 numbers of each of the two sets, and as many to start
+    again from: 134 MB for each class with the 2048 features of Inception. The distance depends on the number of
+    images, the more so the more features there are: compare values of equal numbers only.
 
     Args:
         per_class: Take the distance of each class by itself and the mean over the classes.

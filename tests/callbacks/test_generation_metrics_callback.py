@@ -201,16 +201,16 @@ def test_images_of_the_wrong_class_show_in_values_of_classes_only(tmp_path: Path
 @pytest.mark.parametrize("val", [0, 6])
 def test_a_fit_compares_every_few_epochs(tmp_path: Path, val: int) -> None:
     model, extractor = Generator(), RowMeans()
-    callback = compare(extractor, every_n_epochs=2, on="val", shown=2)
+    callback = compare(extractor, every_n_epochs=2, when="val", shown=2)
     trainer = board_trainer(tmp_path, callback, max_epochs=3)
     trainer.fit(model, Rows(val=val))
     assert set(pictures(tmp_path)["drawn/val"]) == {2, 3}
-    assert len(model.asked) == 2 * 6
+    assert len(model.asked) == 1 + 2 * 6  # the first is the trial before the fit
     # The real images are looked at once.
     assert extractor.seen == 31 + 2 * 36
     assert "val_fid_rows" in trainer.callback_metrics
     trainer.test(model, Rows(), verbose=False)
-    assert len(model.asked) == 2 * 6
+    assert len(model.asked) == 1 + 2 * 6
     assert not any(name.startswith("test") for name in trainer.callback_metrics)
 
 
@@ -306,8 +306,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="`images_per_class` to be at least 1, got 0"):
         compare(images_per_class=0)
-    with pytest.raises(ValueError, match="`on` to be one of val, test, both, got 'fit'"):
-        compare(on="fit")
+    with pytest.raises(ValueError, match="`when` to be one of val, test, both, got 'fit'"):
+        compare(when="fit")
     with pytest.raises(ValueError, match="`reference` to be one of train, test, got 'val'"):
         compare(reference="val")
     with pytest.raises(ValueError, match=r"different names, at least one, got \['fid', 'fid'\]"):
@@ -358,10 +358,26 @@ def test_data_without_the_reference(tmp_path: Path) -> None:
         trainer.test(Generator(), NoSweep(), verbose=False)
 
 
-def test_nothing_is_drawn_in_a_dry_run(tmp_path: Path) -> None:
+def test_a_dry_run_draws_one_image(tmp_path: Path) -> None:
     model = Generator()
     tiny_trainer(tmp_path, callbacks=[compare()], fast_dev_run=True).fit(model, Rows())
-    assert not model.asked
+    assert [(len(asked["seed"]), asked["num_steps"]) for asked in model.asked] == [(1, 1)]
+
+
+def test_a_module_that_cannot_draw_as_asked_is_not_trained(tmp_path: Path) -> None:
+    class Unguided(Generator):
+        def draw(self, request: Mapping[str, Any]) -> dict[str, Tensor]:
+            msg = "`guidance` 0"
+            raise ValueError(msg)
+
+    unguided, model = Unguided(), Generator()
+    trainer = tiny_trainer(tmp_path, callbacks=[compare(guidance=1.0)])
+    with pytest.raises(ValueError, match="`guidance` 0"):
+        trainer.fit(unguided, Rows())
+    trainer = tiny_trainer(tmp_path, callbacks=[compare(metrics=[ManifoldMetrics()], images_per_class=1)])
+    with pytest.raises(ValueError, match="at least 4 drawn images for `prdc_k3`, got 3"):
+        trainer.fit(model, Rows())
+    assert unguided.weight == model.weight == 0
 
 
 def test_it_can_be_written_in_a_config() -> None:
@@ -374,8 +390,10 @@ def test_it_can_be_written_in_a_config() -> None:
         {"class_path": "lightning_modules.ManifoldMetrics", "init_args": {"k": 5}},
         {"class_path": "lightning_modules.ClassificationAccuracyScore", "init_args": {"network": network}},
     ]
-    settings = {"metrics": metrics, "extractor": {"class_path": "lightning_modules.ClassifierFeatures"}}
-    settings["extractor"]["init_args"] = extractor  # type: ignore[call-overload]
+    settings = {
+        "metrics": metrics,
+        "extractor": {"class_path": "lightning_modules.ClassifierFeatures", "init_args": extractor},
+    }
     config = {"callback": {"class_path": "callbacks.GenerationMetrics", "init_args": settings}}
     found = parser.instantiate_classes(parser.parse_object(config)).callback
     assert [metric.name for metric in found.metrics] == ["cw_fid", "prdc_k5", "cas_wideresnet"]
