@@ -140,8 +140,8 @@ class VAETraining(BaseModule):
         x = 2.0 * _image_of(batch) - 1.0
         self.count_images(len(x))
         moments = network.encode(x)
-        mean = moments.chunk(2, dim=1)[0]
-        decoded = network.decode(draw(moments, torch.randn_like(mean)))
+        shape = (len(moments), network.latent_channels, *moments.shape[2:])
+        decoded = network.decode(draw(moments, torch.randn(shape, device=moments.device)))
         loss, wrong, kl = (term.mean() for term in self._terms(x, decoded, moments))
         parts = {"train_reconstruction": wrong.detach(), "train_kl": kl.detach()}
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(x))
