@@ -96,10 +96,7 @@ class FirstImages(Picture):
             trainer: The trainer.
             pl_module: The module to ask.
         """
-        # A datamodule may well have a `val_dataloader` that returns no loader.
-        known = trainer.val_dataloaders is not None
-        validates = trainer.enable_validation and (any(trainer.num_val_batches) or not known)
-        if not validates and self.is_due(trainer):
+        if not self.validates(trainer) and self.is_due(trainer):
             self._draw(trainer, pl_module, "train", trainer.train_dataloader)
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str, loaders: object) -> None:
