@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from lightning_modules.classification_metrics import ClassificationMetrics
-from lightning_modules.diffusion.evaluation_noise import training_bin, training_levels, training_noise
+from lightning_modules.diffusion.evaluation_noise import image_noise, levels_of_bin, training_bin, training_levels
 from lightning_modules.diffusion.noise import NoiseProcess
 from lightning_modules.diffusion.transition import (
     TransitionMatrix,
@@ -50,8 +50,8 @@ class NoisyLabelClassifier(NoisyPosterior):
       tests and a diffusion model use. There: 200 million images (4000 epochs of CIFAR-10) and no held-out set. To stop
       as well, give pytorch_lightning's EarlyStopping(monitor="val_nll").
     - `val_nll_level_k` is the same by noise level, from little noise to much, in bins that hold equal shares of the
-      training levels; `train_nll_level_k` beside it. Memorising begins at little noise: there the first rises while the
-      second falls.
+      training levels, every image once in each; `train_nll_level_k` beside it. Memorising begins at little noise: there
+      the first rises while the second falls.
     - Weight decay is the optimiser's own matter (AdamW); there it is 0. T never decays.
     - No augmentation labels: the diffusion model asks without them, so they are not learned with either.
     - log q is computed from logits in log space and in float32: nothing is inverted, clipped or divided by 0.
@@ -123,8 +123,7 @@ class NoisyLabelClassifier(NoisyPosterior):
         image, label, _ = self.checked(batch)
         self.count_images(len(image))
         sigma = self.process.sample_sigma(len(image), device=image.device)
-        x = 2.0 * image - 1.0
-        x = x + sigma.view(-1, 1, 1, 1) * torch.randn_like(x)
+        x = _noisy(image, sigma, torch.randn_like(image))
         log_q = self._log_posterior(self.network, x, sigma)
         log_t = self.transition.log() if self.learned is None else self.learned.log_matrix()
         nll = -given_log_likelihood(log_q, label, log_t.float())
@@ -173,19 +172,24 @@ class NoisyLabelClassifier(NoisyPosterior):
     def _low_noise(self, image: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Images at a level that only a hundredth of training is below, and that level."""
         sigma = self._levels[int(_LOW_NOISE * len(self._levels))].expand(len(image))
-        return 2.0 * image - 1.0 + sigma.view(-1, 1, 1, 1) * eps, sigma
+        return _noisy(image, sigma, eps), sigma
+
+    def _in_bin(self, image: Tensor, eps: Tensor, index: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Images at levels of one bin, and these levels."""
+        sigma = levels_of_bin(self._levels, index, number, self.num_level_bins)
+        return _noisy(image, sigma, eps), sigma
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Judge the averaged network by the given labels of held-out images."""
         image, label, index = self.checked(batch)
         if len(image) == 0:
             return
-        sigma, bins, eps = training_noise(self._levels, index, image, self.num_level_bins)
-        log_t = self.transition.log().float()
-        x = 2.0 * image - 1.0 + sigma.view(-1, 1, 1, 1) * eps
-        nll = -given_log_likelihood(self._evaluated(self.ema_network, x, sigma), label, log_t)
-        self.val_nll.update(nll)
-        self.val_nll_by_level.update(nll, bins)
+        eps, log_t = image_noise(index, image), self.transition.log().float()
+        for number in range(self.num_level_bins):
+            log_q = self._evaluated(self.ema_network, *self._in_bin(image, eps, index, number))
+            nll = -given_log_likelihood(log_q, label, log_t)
+            self.val_nll.update(nll)
+            self.val_nll_by_level.update(nll, torch.full_like(label, number))
         log_q = self._evaluated(self.ema_network, *self._low_noise(image, eps))
         self.val_metrics.update("", given_log_posterior(log_q, log_t), label)
 
@@ -220,9 +224,10 @@ class NoisyLabelClassifier(NoisyPosterior):
         image, label, index = self.checked(batch)
         if len(image) == 0:
             return
-        sigma, bins, eps = training_noise(self._levels, index, image, self.num_level_bins)
-        log_q = self.log_posterior(2.0 * image - 1.0 + sigma.view(-1, 1, 1, 1) * eps, sigma)
-        self.test_accuracy_by_level.update((log_q.argmax(1) == label).float(), bins)
+        eps = image_noise(index, image)
+        for number in range(self.num_level_bins):
+            right = self.log_posterior(*self._in_bin(image, eps, index, number)).argmax(1) == label
+            self.test_accuracy_by_level.update(right.float(), torch.full_like(label, number))
         self.test_metrics.update("", self.log_posterior(*self._low_noise(image, eps)), label)
 
     def on_test_epoch_end(self) -> None:
@@ -239,7 +244,7 @@ class NoisyLabelClassifier(NoisyPosterior):
         """
         image = batch["image"]
         index = batch.get("index", torch.arange(len(image), device=image.device))
-        _, _, eps = training_noise(self._levels, index.clamp(min=0), image, self.num_level_bins)
+        eps = image_noise(index.clamp(min=0), image)
         probabilities = self.log_posterior(*self._low_noise(image, eps)).exp()
         confidence, label = probabilities.max(-1)
         return {"probabilities": probabilities, "label": label, "confidence": confidence, "index": index}
@@ -280,6 +285,10 @@ class NoisyLabelClassifier(NoisyPosterior):
             )
             raise ValueError(msg)
         return image, label, index
+
+
+def _noisy(image: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+    return 2.0 * image - 1.0 + sigma.view(-1, 1, 1, 1) * eps
 
 
 def _levels_of(name: str, by_level: BinnedMean) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ def evaluation_noise(process: NoiseProcess, index: Tensor, like: Tensor) -> tupl
     Returns:
         Noise levels [B] and standard normal noise like the images.
     """
-    return process.sigma_at(_places(index).float()).to(like), _noise(index, like)
+    return process.sigma_at(_places(index).float()).to(like), image_noise(index, like)
 
 
 def training_levels(process: NoiseProcess, number: int = 4096) -> Tensor:
@@ -36,20 +36,20 @@ def training_levels(process: NoiseProcess, number: int = 4096) -> Tensor:
     return process.sample_sigma(number, torch.Generator().manual_seed(0)).sort().values
 
 
-def training_noise(levels: Tensor, index: Tensor, like: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw noise that depends on each image's index only, its levels distributed as in training.
+def levels_of_bin(levels: Tensor, index: Tensor, number: int, num_bins: int) -> Tensor:
+    """Choose a noise level in one bin of equally many training levels; it depends on each image's index only.
 
     Args:
         levels: See `training_levels`.
         index: Numbers of the images, [B], from 0.
-        like: Images [B, ...]: shape, type and device of the noise.
-        num_bins: Bins of equally many levels.
+        number: Number of the bin, from 0 (little noise) to num_bins - 1.
+        num_bins: Number of bins.
 
     Returns:
-        Noise levels [B], their bins from 0 (little noise) to num_bins - 1, and standard normal noise like the images.
+        Noise levels [B], spread evenly over the levels of the bin.
     """
-    places = _places(index).to(levels.device)
-    return levels[(places * len(levels)).long()].to(like), (places * num_bins).long(), _noise(index, like)
+    places = (number + _places(index)) / num_bins
+    return levels[(places * len(levels)).long().to(levels.device)]
 
 
 def training_bin(levels: Tensor, sigma: Tensor, num_bins: int) -> Tensor:
@@ -71,7 +71,16 @@ def _places(index: Tensor) -> Tensor:
     return torch.frac(_GOLDEN * (index.cpu().double() + 1))
 
 
-def _noise(index: Tensor, like: Tensor) -> Tensor:
+def image_noise(index: Tensor, like: Tensor) -> Tensor:
+    """Draw standard normal noise that depends on each image's index only.
+
+    Args:
+        index: Numbers of the images, [B], from 0.
+        like: Images [B, ...]: shape, type and device of the noise.
+
+    Returns:
+        Noise like the images.
+    """
     shape = like.shape[1:]
     eps = [torch.randn(shape, generator=torch.Generator().manual_seed(int(i))) for i in index]
     return torch.stack(eps).to(like)
