@@ -1,8 +1,7 @@
 """Images of classes, or pairs of an image and its mask, drawn by a module and written for the next stage."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,25 +10,12 @@ from pytorch_lightning.callbacks import BasePredictionWriter, Timer
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor
 
+from callbacks import sampling
 from callbacks.drawing_progress import drawing_progress
 from callbacks.drawn_sheet import class_sheet, pair_sheet
-from callbacks.picture import evaluating, image_sink, lacks_method
+from callbacks.picture import image_sink, lacks_method
 from datamodules.synthetic_images import Drawing, DrawRequest, Origin, weights_sha256
-
-
-@runtime_checkable
-class Draws(Protocol):
-    """A module that draws images of classes, or images and their masks."""
-
-    def draw(self, request: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """Images for `seed` [B], `image_size`, `sampler` and `num_steps`; each a function of its own seed.
-
-        Pairs: returns `image` [B, 3, H, W] in [0, 1], `mask` [B, H, W] of class ids, `confidence` [B] and `seed` [B].
-        Classes: takes `label` [B] and `guidance` as well; returns `image` (of one or three channels), `label`, `seed`.
-        """
-        ...
 
 
 @runtime_checkable
@@ -91,7 +77,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         """
         if self.request is None:
             return
-        if not isinstance(pl_module, Draws):
+        if not isinstance(pl_module, sampling.Draws):
             raise TypeError(lacks_method(pl_module, "draw(request)", type(self)))
         if self.output_dir.resolve() == Path(trainer.default_root_dir).resolve():
             msg = (
@@ -107,7 +93,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             Drawing(self.output_dir, self.request).require(known)
             self._require_new(origin)
         trial = self.request.trial()
-        with isolate_rng(), _drawing(trainer, pl_module) as draw:
+        with isolate_rng(), sampling.drawing(trainer, pl_module, type(self)) as draw:
             Drawing(self.output_dir, trial).check(0, draw(trial.batch(0)), self._num_classes(trainer))
 
     def _require_new(self, origin: Origin) -> None:
@@ -134,7 +120,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             OSError: A file could not be written.
         """
         self._trained = self._known_to_data(trainer)
-        if self.request is None or not isinstance(pl_module, Draws):
+        if self.request is None or not isinstance(pl_module, sampling.Draws):
             return
         if _is_dry(trainer) or _is_out_of_time(trainer):
             why = "a dry run" if _is_dry(trainer) else "max_time is over: go on with the fit first"
@@ -146,7 +132,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         self._begin(drawing, origin)
         own = drawing.missing(trainer.global_rank, trainer.world_size)
         progress = drawing_progress(trainer, self.request.noun, _count(drawing, own))
-        with _drawing(trainer, pl_module) as draw, progress as advance:
+        with sampling.drawing(trainer, pl_module, type(self)) as draw, progress as advance:
             for block in own:
                 drawing.write(block, draw(self.request.batch(block)), origin.num_classes)
                 advance(len(self.request.seeds(block)))
@@ -335,27 +321,6 @@ class SyntheticImageWriter(BasePredictionWriter):
                 ("drawn/classes", class_sheet) if drawing.request.has_classes else ("drawn/pairs", pair_sheet)
             )
             add_image(tag, picture(drawing.folder), trainer.global_step, dataformats="HWC")
-
-
-@contextmanager
-def _drawing(
-    trainer: pl.Trainer, pl_module: pl.LightningModule
-) -> Iterator[Callable[[dict[str, Any]], Mapping[str, Tensor]]]:
-    """What draws a block as predict would: on the trainer's device, at its precision, in evaluation mode."""
-    if not isinstance(pl_module, Draws):
-        raise TypeError(lacks_method(pl_module, "draw(request)", SyntheticImageWriter))
-    # When a fit has ended Lightning has moved the module to the CPU.
-    device, home = trainer.strategy.root_device, pl_module.device
-
-    def draw(batch: dict[str, Any]) -> Mapping[str, Tensor]:
-        return pl_module.draw({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-
-    pl_module.to(device)
-    try:
-        with evaluating(trainer, pl_module):
-            yield draw
-    finally:
-        pl_module.to(home)
 
 
 def _count(drawing: Drawing, blocks: Collection[int]) -> int:
