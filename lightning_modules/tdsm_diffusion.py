@@ -75,7 +75,7 @@ class TDSMDiffusion(BaseModule):
             them drawn at random (`sampled`: the same on average, at most one more pass whatever K is).
         threshold: Largest weight that `exact` leaves out; the released code has 0.01.
         renormalize: Let the weights that `exact` keeps sum to 1. The released code does not, and inflates images.
-        pairs_at_once: Most images in a pass without gradient, a limit to memory; None for all.
+        pairs_at_once: Most images in a pass without gradient, a limit to memory; None for as many as the batch has.
         label_dropout: Probability of training on an image without its label.
         latent: Diffuse in the latent space of an autoencoder.
         latent_cache: Folder for the latents of the training images; None encodes every batch anew.

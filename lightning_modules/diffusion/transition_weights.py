@@ -81,10 +81,11 @@ def mixed_estimate(
 
     Two ways to sum the other classes:
 
-    - `exact`: every class whose weight is above `threshold`. All (image, class) pairs of the batch go through the
-      network together. Dropping classes shrinks the sum: at high noise every other class of symmetric noise has weight
-      rate / (K - 1), so with 100 classes the threshold of 0.01 in the released code drops all of them and the network
-      learns images inflated by 1 / (1 - rate). `renormalize` divides by the weight that is kept.
+    - `exact`: every class whose weight is above `threshold`. All (image, class) pairs of the batch are gathered and go
+      through the network together, `pairs_at_once` at a time. Dropping classes shrinks the sum: at high noise every
+      other class of symmetric noise has weight rate / (K - 1), so with 100 classes the threshold of 0.01 in the
+      released code drops all of them and the network learns images inflated by 1 / (1 - rate). `renormalize` divides by
+      the weight that is kept.
     - `sampled`: one other class, drawn in proportion to the weights, stands for all of them with their joint weight
       1 - w_y. Its expectation is the exact sum, and the semi-gradient is linear in it: unbiased at the cost of at most
       one more forward pass, whatever K is.
@@ -98,7 +99,8 @@ def mixed_estimate(
         others: How the other classes are summed.
         threshold: Largest weight that `exact` drops; 0 drops what has no weight at all.
         renormalize: Whether `exact` scales the kept weights to sum to 1.
-        pairs_at_once: Most pairs of one pass without gradient; None takes them all.
+        pairs_at_once: Most pairs of one pass without gradient; None is B, so that such a pass needs no more memory
+            than the one with gradient.
 
     Returns:
         Estimates [B, C, H, W]. Where the given label has all the weight they are D(x; sigma, label) to the last bit.
@@ -113,7 +115,7 @@ def mixed_estimate(
     estimate = _over_pixels(own, x) * denoise(x, sigma, label)
     if len(rows) == 0:
         return estimate
-    return estimate + _sum_of_others(denoise, x, sigma, rows, classes, factor, pairs_at_once or len(rows))
+    return estimate + _sum_of_others(denoise, x, sigma, rows, classes, factor, pairs_at_once or len(x))
 
 
 @torch.no_grad()

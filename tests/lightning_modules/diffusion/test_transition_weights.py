@@ -232,6 +232,22 @@ def test_a_certain_label_costs_no_other_pass(others: str) -> None:
     assert torch.equal(mixed, denoise(x, sigma, labels))
 
 
+def test_a_pass_without_gradient_is_no_larger_than_the_batch() -> None:
+    calls = []
+
+    def denoise(x: Tensor, _: Tensor, label: Tensor) -> Tensor:
+        calls.append(len(x))
+        return x
+
+    x = torch.zeros(4, 1, 1, 1)
+    weights = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).expand(4, 4)
+    mixed_estimate(denoise, x, torch.ones(4), torch.tensor([0, 1, 2, 0]), weights)
+    assert calls == [4, 4, 4, 4]
+    calls.clear()
+    mixed_estimate(denoise, x, torch.ones(4), torch.tensor([0, 1, 2, 0]), weights, pairs_at_once=12)
+    assert calls == [4, 12]
+
+
 def fitted(num_classes: int, rate: float, threshold: float, renormalize: bool, others: str = "exact") -> Tensor:
     """The table D_i that gradient descent ends at, at infinite noise and with x_0 of mean 1 in every class."""
     transition = symmetric(rate, num_classes)
