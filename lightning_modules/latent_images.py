@@ -22,6 +22,9 @@ class LatentImages(nn.Module):
         latent: The autoencoder; None works on pixels, 2 x - 1.
         cache: Folder for the latents of the training images; None encodes every batch.
 
+    Attributes:
+        is_cached: Whether there is a cache, so that training batches need no images.
+
     Raises:
         TypeError: `latent` is none.
         ValueError: There is a cache and nothing to keep in it.
@@ -36,6 +39,7 @@ class LatentImages(nn.Module):
             msg = f"Expected `latent` with `latent_cache`, got None and {cache!r}; pixels need no cache."
             raise ValueError(msg)
         self.latent = latent
+        self.is_cached = cache is not None
         self._cache = None if cache is None else LatentCache(cache)
 
     def image_shape(self, network: _Sized) -> tuple[int, int]:
@@ -44,20 +48,37 @@ class LatentImages(nn.Module):
             return network.image_size, network.in_channels
         return network.image_size * self.latent.factor, self.latent.image_channels
 
-    def prepare(self, trainer: pl.Trainer, image_size: int) -> None:
-        """Encode all training images once, if there is a cache.
+    def space(self) -> str:
+        """Name the space: a network of one space knows nothing of the images of another."""
+        if self.latent is None:
+            return "pixels"
+        return f"latents of deviation {self.latent.sigma_data:g} of the autoencoder {self.latent.fingerprint()[:16]}"
+
+    def meaning(self) -> dict[str, float]:
+        """What of the space is in no state dict: the autoencoder itself is part of a checkpoint."""
+        return {} if self.latent is None else {"latent_deviation": self.latent.sigma_data}
+
+    def prepare(self, trainer: pl.Trainer, image_size: int | None) -> None:
+        """Before a fit: read the autoencoder's weights and, if there is a cache, encode all training images once.
 
         Args:
-            trainer: Its datamodule has `sweep_dataloader`, `leave_out_images`, `num_images` and `fingerprint`.
-            image_size: Side of the images in pixels.
+            trainer: With a cache its datamodule has `sweep_dataloader`, `leave_out_images`, `num_images` and
+                `fingerprint`.
+            image_size: Side of the images in pixels; None if not known.
 
         Raises:
+            FileNotFoundError: There is no such autoencoder.
             TypeError: The datamodule cannot sweep.
+            ValueError: The autoencoder or the cache is another one.
         """
-        if self.latent is None or self._cache is None:
+        if self.latent is None:
+            return
+        # On all processes at once: DDP would tell the others that they have weights as soon as one has.
+        self.latent.load()
+        if self._cache is None:
             return
         data: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(data, "sweep_dataloader") or not hasattr(data, "leave_out_images"):
+        if image_size is None or not hasattr(data, "sweep_dataloader") or not hasattr(data, "leave_out_images"):
             msg = (
                 f"Expected data with `sweep_dataloader` and `leave_out_images` for `latent_cache`, got "
                 f"{type(data).__name__}; use GenerationDataModule, or leave the cache out."
@@ -74,11 +95,24 @@ class LatentImages(nn.Module):
         data.leave_out_images()
 
     def of_training(self, batch: dict[str, Tensor]) -> Tensor:
-        """What is diffused of a training batch; latents are drawn anew from their distribution."""
+        """What is diffused of a training batch; latents are drawn anew from their distribution.
+
+        Args:
+            batch: image [B, C, H, W] in [0, 1]; with a cache, index [B] and, where some are mirrored, flip [B] will do.
+
+        Raises:
+            ValueError: There are neither images nor a cache.
+        """
+        if self.latent is not None and self._cache is not None and "image" not in batch:
+            return self.latent.sample(self._cache.moments(batch["index"], batch.get("flip")))
+        if "image" not in batch:
+            msg = (
+                f"Expected training batches with `image`, got {sorted(batch)}; only a fit with `latent_cache` does "
+                "without, so give it, or a new datamodule."
+            )
+            raise ValueError(msg)
         if self.latent is None:
             return 2.0 * batch["image"] - 1.0
-        if self._cache is not None and "image" not in batch:
-            return self.latent.sample(self._cache.moments(batch["index"], batch.get("flip")))
         return self.latent.sample(self.latent.moments(batch["image"]))
 
     def of(self, image: Tensor) -> Tensor:

@@ -72,6 +72,8 @@ class NoisyLabelClassifier(NoisyPosterior):
         ema_decay: Decay of the moving average of the weights per optimiser step; 0 switches it off.
         ema_half_life: Half-life of the moving average in images, instead of `ema_decay`.
         num_level_bins: Bins of the noise level in `val_nll_level_k` and its kin.
+        latent: Autoencoder whose latents the noise is added to; None adds it to pixels. That of the diffusion model.
+        latent_cache: Folder for the latents of the training images; None encodes every batch anew.
 
     Attributes:
         transition: T as it is now, float64 [K, K]; NaN until it is known.
@@ -93,12 +95,16 @@ class NoisyLabelClassifier(NoisyPosterior):
         ema_decay: float = 0.999,
         ema_half_life: float | None = None,
         num_level_bins: int = 4,
+        latent: nn.Module | None = None,
+        latent_cache: str | None = None,
     ) -> None:
         if num_level_bins < 1:
             msg = f"Expected `num_level_bins` >= 1, got {num_level_bins}; 1 tells no levels apart."
             raise ValueError(msg)
-        super().__init__(network, num_classes, process, transition, optimizer, lr_scheduler, ema_decay, ema_half_life)
-        self.save_hyperparameters(ignore=["network", "process", "transition", "optimizer", "lr_scheduler"])
+        averages = (ema_decay, ema_half_life)
+        latents = (latent, latent_cache)
+        super().__init__(network, num_classes, process, transition, optimizer, lr_scheduler, *averages, *latents)
+        self.save_hyperparameters(ignore=["network", "process", "transition", "optimizer", "lr_scheduler", "latent"])
         self.num_level_bins = num_level_bins
         self.register_buffer("_levels", training_levels(self.process), persistent=False)
         self._levels: Tensor
@@ -119,11 +125,16 @@ class NoisyLabelClassifier(NoisyPosterior):
         optimizer.param_groups[-1]["lr"] *= self.learned.lr_scale
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the forward-corrected loss of a batch of image [B, C, H, W] and given label [B]."""
-        image, label, _ = self.checked(batch)
-        self.count_images(len(image))
-        sigma = self.process.sample_sigma(len(image), device=image.device)
-        x = _noisy(image, sigma, torch.randn_like(image))
+        """Return the forward-corrected loss of a batch of image [B, C, H, W] and given label [B].
+
+        With a cache of latents, index [B] does instead of the images.
+        """
+        found = self.checked(batch, needs_image=not self.images.is_cached)
+        label = found["label"]
+        self.count_images(len(label))
+        x = self.images.of_training(found)
+        sigma = self.process.sample_sigma(len(x), device=x.device)
+        x = _noisy(x, sigma, torch.randn_like(x))
         log_q = self._log_posterior(self.network, x, sigma)
         log_t = self.transition.log() if self.learned is None else self.learned.log_matrix()
         nll = -given_log_likelihood(log_q, label, log_t.float())
@@ -132,8 +143,8 @@ class NoisyLabelClassifier(NoisyPosterior):
             volume = self.learned.penalty()
             loss, parts["train_volume"] = loss + volume.float(), volume.detach().float()
         self.train_nll_by_level.update(nll.detach(), training_bin(self._levels, sigma, self.num_level_bins))
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(image))
-        self.log_dict(parts, batch_size=len(image))
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(x))
+        self.log_dict(parts, batch_size=len(x))
         return self.require_finite(loss, **parts)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -169,28 +180,36 @@ class NoisyLabelClassifier(NoisyPosterior):
 
     # ---------------------------------------------------------------- evaluation
 
-    def _low_noise(self, image: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Images at a level that only a hundredth of training is below, and that level."""
-        sigma = self._levels[int(_LOW_NOISE * len(self._levels))].expand(len(image))
-        return _noisy(image, sigma, eps), sigma
+    def _clean(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Of a batch to evaluate, without padding: what noise is added to, the noise, labels, index; None if empty."""
+        found = self.checked(batch)
+        if not len(found["label"]):
+            return None
+        x = self.images.of(found["image"])
+        return x, image_noise(found["index"], x), found["label"], found["index"]
 
-    def _in_bin(self, image: Tensor, eps: Tensor, index: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    def _low_noise(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Images at a level that only a hundredth of training is below, and that level."""
+        sigma = self._levels[int(_LOW_NOISE * len(self._levels))].expand(len(x))
+        return _noisy(x, sigma, eps), sigma
+
+    def _in_bin(self, x: Tensor, eps: Tensor, index: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Images at levels of one bin, and these levels."""
         sigma = levels_of_bin(self._levels, index, number, self.num_level_bins)
-        return _noisy(image, sigma, eps), sigma
+        return _noisy(x, sigma, eps), sigma
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Judge the averaged network by the given labels of held-out images."""
-        image, label, index = self.checked(batch)
-        if len(image) == 0:
+        found = self._clean(batch)
+        if found is None:
             return
-        eps, log_t = image_noise(index, image), self.transition.log().float()
+        (x, eps, label, index), log_t = found, self.transition.log().float()
         for number in range(self.num_level_bins):
-            log_q = self._evaluated(self.ema_network, *self._in_bin(image, eps, index, number))
+            log_q = self._evaluated(self.ema_network, *self._in_bin(x, eps, index, number))
             nll = -given_log_likelihood(log_q, label, log_t)
             self.val_nll.update(nll)
             self.val_nll_by_level.update(nll, torch.full_like(label, number))
-        log_q = self._evaluated(self.ema_network, *self._low_noise(image, eps))
+        log_q = self._evaluated(self.ema_network, *self._low_noise(x, eps))
         self.val_metrics.update("", given_log_posterior(log_q, log_t), label)
 
     def on_validation_epoch_end(self) -> None:
@@ -221,14 +240,14 @@ class NoisyLabelClassifier(NoisyPosterior):
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Compare what `predictor` finds with true labels."""
-        image, label, index = self.checked(batch)
-        if len(image) == 0:
+        found = self._clean(batch)
+        if found is None:
             return
-        eps = image_noise(index, image)
+        x, eps, label, index = found
         for number in range(self.num_level_bins):
-            right = self.log_posterior(*self._in_bin(image, eps, index, number)).argmax(1) == label
+            right = self.log_posterior(*self._in_bin(x, eps, index, number)).argmax(1) == label
             self.test_accuracy_by_level.update(right.float(), torch.full_like(label, number))
-        self.test_metrics.update("", self.log_posterior(*self._low_noise(image, eps)), label)
+        self.test_metrics.update("", self.log_posterior(*self._low_noise(x, eps)), label)
 
     def on_test_epoch_end(self) -> None:
         """Log what was found."""
@@ -242,10 +261,10 @@ class NoisyLabelClassifier(NoisyPosterior):
         Returns:
             probabilities [B, K], label [B], confidence [B] in [0, 1], index [B].
         """
-        image = batch["image"]
-        index = batch.get("index", torch.arange(len(image), device=image.device))
-        eps = image_noise(index.clamp(min=0), image)
-        probabilities = self.log_posterior(*self._low_noise(image, eps)).exp()
+        x = self.images.of(batch["image"])
+        index = batch.get("index", torch.arange(len(x), device=x.device))
+        eps = image_noise(index.clamp(min=0), x)
+        probabilities = self.log_posterior(*self._low_noise(x, eps)).exp()
         confidence, label = probabilities.max(-1)
         return {"probabilities": probabilities, "label": label, "confidence": confidence, "index": index}
 
@@ -257,25 +276,35 @@ class NoisyLabelClassifier(NoisyPosterior):
         """Confidence, accuracy and count of each calibration bin of the evaluation so far."""
         return (self.val_metrics if split == "val" else self.test_metrics).reliability()
 
-    def checked(self, batch: object) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images, labels and index of a batch, if it is one, without padding.
+    def checked(self, batch: object, needs_image: bool = True) -> dict[str, Tensor]:
+        """Return the image, label, index and flip of a batch, if it is one, without padding.
+
+        Args:
+            batch: Whatever a loader gives.
+            needs_image: Whether a batch without images is none.
 
         Raises:
             ValueError: Something is missing, out of range, or of another size than before.
         """
         found = dict(batch) if isinstance(batch, Mapping) else {}
-        missing = [name for name in ("image", "label") if name not in found]
-        if missing:
+        if not ({"image", "label"} if needs_image else {"label", "index"}) <= found.keys():
             msg = (
                 f"Expected batches to be dicts with image and label, got {sorted(found) or type(batch).__name__}; use "
                 "GenerationDataModule, with its images left in."
             )
             raise ValueError(msg)
-        image, label = found["image"], found["label"]
-        index = found.get("index", torch.arange(len(image), device=image.device))
-        if not bool((index >= 0).all()):
-            image, label, index = (values[index >= 0] for values in (image, label, index))
-        require_labels(label, self.num_classes)
+        label = found["label"]
+        found = {"index": torch.arange(len(label), device=label.device)} | found
+        found = {name: found[name] for name in ("image", "label", "index", "flip") if name in found}
+        real = found["index"] >= 0
+        if not bool(real.all()):
+            found = {name: values[real] for name, values in found.items()}
+        require_labels(found["label"], self.num_classes)
+        if "image" in found:
+            self._require_shape(found["image"])
+        return found
+
+    def _require_shape(self, image: Tensor) -> None:
         channels, size = int(image.shape[1]), int(image.shape[-1])
         self._image_shape = self._image_shape or (channels, size)
         if tuple(image.shape[1:]) != (self._image_shape[0], *[self._image_shape[1]] * 2):
@@ -284,11 +313,10 @@ class NoisyLabelClassifier(NoisyPosterior):
                 f"before, got {list(image.shape[1:])}; bring all images of the data to one size."
             )
             raise ValueError(msg)
-        return image, label, index
 
 
-def _noisy(image: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
-    return 2.0 * image - 1.0 + sigma.view(-1, 1, 1, 1) * eps
+def _noisy(x: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+    return x + sigma.view(-1, 1, 1, 1) * eps
 
 
 def _levels_of(name: str, by_level: BinnedMean) -> dict[str, Tensor]:

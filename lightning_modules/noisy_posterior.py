@@ -14,6 +14,7 @@ from lightning_modules.diffusion.denoisers import scaled_input
 from lightning_modules.diffusion.learned_transition import LearnedTransition
 from lightning_modules.diffusion.noise import EDMProcess, NoiseProcess
 from lightning_modules.diffusion.transition import TransitionMatrix, require_transition
+from lightning_modules.latent_images import LatentImages
 from lightning_modules.networks.modes import evaluating
 
 _KEY = "noisy_labels"  # where a checkpoint keeps what is in there beside the state dict
@@ -31,6 +32,8 @@ class NoisyPosterior(BaseModule):
         lr_scheduler: Schedule.
         ema_decay: Decay of the moving average.
         ema_half_life: Its half-life in images.
+        latent: Autoencoder.
+        latent_cache: Folder for latents.
 
     Raises:
         ValueError: An argument is out of range, or T is not a transition matrix of K classes that can be inverted.
@@ -48,6 +51,8 @@ class NoisyPosterior(BaseModule):
         lr_scheduler: LRSchedulerCallable | None,
         ema_decay: float,
         ema_half_life: float | None,
+        latent: nn.Module | None,
+        latent_cache: str | None,
     ) -> None:
         if num_classes < 2:
             msg = f"Expected `num_classes` >= 2, got {num_classes}; a yes/no question has two classes."
@@ -56,6 +61,7 @@ class NoisyPosterior(BaseModule):
         super().__init__(network, optimizer, lr_scheduler, ema_decay, ema_half_life=ema_half_life)
         self.num_classes = num_classes
         self.process = EDMProcess() if process is None else process
+        self.images = LatentImages(latent, latent_cache)
         self.learned: LearnedTransition | None = None
         known = torch.full((num_classes, num_classes), torch.nan, dtype=torch.float64)
         self._given = transition is not None
@@ -87,7 +93,7 @@ class NoisyPosterior(BaseModule):
         """Log-probabilities of the clean classes of noisy images, without gradient, by `predictor`.
 
         Args:
-            x: x + sigma * eps, [B, C, H, W], clean images being in [-1, 1].
+            x: x + sigma * eps, [B, C, H, W], clean images being in [-1, 1], or latents.
             sigma: Noise levels [B].
 
         Returns:
@@ -147,10 +153,15 @@ class NoisyPosterior(BaseModule):
         self.transition.copy_(require_transition(found, self.num_classes, "transition_matrix"))
 
     def on_fit_start(self) -> None:
-        """Forget what was best in another fit, unless this one goes on with it."""
+        """Forget what was best in another fit, unless this one goes on with it; get the autoencoder and latents."""
         super().on_fit_start()
         if not self.goes_on:
             self._best, self._best_network = {}, []
+        data = getattr(self.trainer, "datamodule", None)
+        size, channels = (getattr(data, name, None) for name in ("image_size", "image_channels"))
+        if size is not None and channels is not None:
+            self._image_shape = self._image_shape or (channels, size)
+        self.images.prepare(self.trainer, size)
 
     def on_validation_start(self) -> None:
         """Refuse to judge by given labels without T.
@@ -170,6 +181,7 @@ class NoisyPosterior(BaseModule):
             "num_classes": self.num_classes,
             "process": self.process.settings(),
             "transition": "known" if self.learned is None else "learned",
+            **self.images.meaning(),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -181,6 +193,7 @@ class NoisyPosterior(BaseModule):
             "image_size": size,
             "image_channels": channels,
             "process": self.process.settings(),
+            "space": self.images.space(),
             "best": self._best,
         }
 
@@ -222,6 +235,7 @@ def load_noisy_classifier(
     image_size: int | None,
     image_channels: int | None,
     process_settings: Mapping[str, str | float],
+    space: str = "pixels",
 ) -> Tensor:
     """Copy the best averaged weights of a NoisyLabelClassifier into a network.
 
@@ -236,13 +250,14 @@ def load_noisy_classifier(
         image_size: Height and width of the images; None if not known.
         image_channels: Channels of the images; None if not known.
         process_settings: `settings()` of the noise process that will ask the network.
+        space: What the noise is added to, see `LatentImages.space`.
 
     Returns:
         T as the classifier was trained with, or learned: float64 [K, K], rows = clean classes.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: It is of something else, or of another K, size, process or network.
+        ValueError: It is of something else, or of another K, size, process, space or network.
     """
     checkpoint = load_checkpoint(path, argument)
     kept: dict[str, Any] = checkpoint.get(_KEY, {})
@@ -253,7 +268,7 @@ def load_noisy_classifier(
         )
         raise ValueError(msg)
     wanted: dict[str, Any] = {"num_classes": num_classes, "image_size": image_size, "image_channels": image_channels}
-    wanted["process"] = dict(process_settings)
+    wanted |= {"process": dict(process_settings), "space": space}
     differing = [
         f"{name} {kept.get(name)}, not {value}"
         for name, value in wanted.items()

@@ -144,7 +144,7 @@ class TDSMDiffusion(BaseModule):
 
     def meaning(self) -> dict[str, Any]:
         """What decides the outputs beside the weights."""
-        return {"process": self.process.settings(), "draw_batch": self.draw_batch}
+        return {"process": self.process.settings(), "draw_batch": self.draw_batch, **self.images.meaning()}
 
     # ---------------------------------------------------------------- before a fit
 
@@ -159,7 +159,8 @@ class TDSMDiffusion(BaseModule):
             self._compiled = [cast("nn.Module", torch.compile(self.network, backend=self.compile_backend))]
         shape = self.images.image_shape(self._network)
         if not self.goes_on:
-            self.weighting.prepare(getattr(self.trainer, "datamodule", None), shape, self.process)
+            data = getattr(self.trainer, "datamodule", None)
+            self.weighting.prepare(data, shape, self.process, self.images.space())
         self.images.prepare(self.trainer, shape[0])
 
     @property

@@ -68,13 +68,14 @@ class TransitionWeighting(nn.Module):
         self._how: dict[str, Any] = {"others": others, "threshold": threshold, "renormalize": renormalize}
         self._how["pairs_at_once"] = pairs_at_once
 
-    def prepare(self, data: object, image_shape: tuple[int, int], process: NoiseProcess) -> None:
+    def prepare(self, data: object, image_shape: tuple[int, int], process: NoiseProcess, space: str) -> None:
         """Get the classifier's weights and T before a fit that starts anew.
 
         Args:
             data: The datamodule; one that knows the noise of its labels has `transition_matrix`.
             image_shape: Side and channels of the images.
             process: The noise process.
+            space: What is diffused, see `LatentImages.space`.
 
         Raises:
             FileNotFoundError: There is no such checkpoint.
@@ -92,6 +93,7 @@ class TransitionWeighting(nn.Module):
                 image_size=image_shape[0],
                 image_channels=image_shape[1],
                 process_settings=process.settings(),
+                space=space,
             )
         if self.given is not None:
             found = self.given.matrix(self.num_classes)
