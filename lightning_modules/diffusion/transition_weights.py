@@ -112,10 +112,10 @@ def mixed_estimate(
         # The given label is kept whatever its weight; if nothing weighs anything there is nothing to scale.
         scale = torch.where(kept > 0, 1 / kept, 1.0)
         own, factor = own * scale, factor * scale[rows]
+    # The others first: what the pass with gradient keeps for the backward pass is not in memory yet.
+    rest = _sum_of_others(denoise, x, sigma, rows, classes, factor, pairs_at_once or len(x)) if len(rows) else None
     estimate = _over_pixels(own, x) * denoise(x, sigma, label)
-    if len(rows) == 0:
-        return estimate
-    return estimate + _sum_of_others(denoise, x, sigma, rows, classes, factor, pairs_at_once or len(x))
+    return estimate if rest is None else estimate + rest
 
 
 @torch.no_grad()
