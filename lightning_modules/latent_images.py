@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.diffusion.fixed_batches import in_batches_of
 from lightning_modules.latent_cache import LatentCache
 from lightning_modules.latent_space import LatentSpace
 
@@ -61,6 +62,8 @@ class LatentImages(nn.Module):
     def prepare(self, trainer: pl.Trainer, image_size: int | None) -> None:
         """Before a fit: read the autoencoder's weights and, if there is a cache, encode all training images once.
 
+        A dry run leaves the cache alone: its few batches are encoded as they come.
+
         Args:
             trainer: With a cache its datamodule has `sweep_dataloader`, `leave_out_images`, `num_images` and
                 `fingerprint`.
@@ -75,7 +78,7 @@ class LatentImages(nn.Module):
             return
         # On all processes at once: DDP would tell the others that they have weights as soon as one has.
         self.latent.load()
-        if self._cache is None:
+        if self._cache is None or getattr(trainer, "fast_dev_run", False):
             return
         data: Any = getattr(trainer, "datamodule", None)
         if image_size is None or not hasattr(data, "sweep_dataloader") or not hasattr(data, "leave_out_images"):
@@ -122,6 +125,13 @@ class LatentImages(nn.Module):
         moments = self.latent.moments(image)
         return self.latent.sample(moments, noise=torch.zeros_like(moments.chunk(2, 1)[0]))
 
-    def to_images(self, x: Tensor) -> Tensor:
-        """Images in [0, 1]."""
-        return ((x + 1) / 2).clamp(0, 1) if self.latent is None else self.latent.decode(x)
+    def to_images(self, x: Tensor, at_once: int) -> Tensor:
+        """Images in [0, 1].
+
+        Args:
+            x: What was diffused, [B, C, H, W].
+            at_once: Latents that go through the decoder together, so that an image is the same whatever comes with it.
+        """
+        if self.latent is None:
+            return ((x + 1) / 2).clamp(0, 1)
+        return in_batches_of(at_once, self.latent.decode, x)

@@ -110,7 +110,8 @@ class LatentSpace(nn.Module):
         """
         self.load()
         with torch.autocast(image.device.type, enabled=False):
-            return encode(self.vae, 2.0 * image.float() - 1.0)
+            # Noise drawn like them must not depend on how a convolution lays out its channels.
+            return encode(self.vae, 2.0 * image.float() - 1.0).contiguous()
 
     def sample(self, moments: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
         """Draw latents of images, of mean 0 and deviation `sigma_data` over the images.

@@ -297,7 +297,8 @@ class TDSMDiffusion(BaseModule):
         side = self._network.image_size
         with evaluating(self.ema_network):
             x = draw_classes(denoiser, request, (self._network.in_channels, side, side), self.draw_batch, self.device)
-        return {"image": self.images.to_images(x), "label": request["label"], "seed": request["seed"]}
+        image = self.images.to_images(x, self.draw_batch)
+        return {"image": image, "label": request["label"], "seed": request["seed"]}
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Draw a batch of requests, see `draw`."""

@@ -269,7 +269,7 @@ def _shrink_generation(resolved: dict[str, Any], folder: Path) -> Path:
         trained = _overlay(folder, {"network": smaller}, data, max_steps=1, default_root_dir=str(folder / "teacher"))
         main(["fit", "--config", str(ROOT / "configs/vae_digits.yaml"), "--overlay", str(trained)])
         last = str(folder / "teacher/checkpoints/last.ckpt")
-        model |= {"latent": {"init_args": {"network": smaller, "init_from": last}}, "latent_cache": None}
+        model |= {"latent": {"init_args": {"network": smaller, "init_from": last}}}
     return _overlay(folder, model, data, fast_dev_run=True, callbacks=kept)
 
 
