@@ -276,8 +276,8 @@ def load_noisy_classifier(
     ]
     if differing:
         msg = (
-            f"Expected `{argument}` to be a classifier of the same classes, images, space and noise process, but {path} "
-            f"was trained with {'; '.join(differing)}; fit one with the settings and the data of this fit."
+            f"Expected `{argument}` to be a classifier of the same classes, images, space and noise process, but "
+            f"{path} was trained with {'; '.join(differing)}; fit one with the settings and the data of this fit."
         )
         raise ValueError(msg)
     best = kept.get("best") or {}

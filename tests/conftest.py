@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_data import write_classes, write_folder, write_isic2018, write_ph2
+from fake_data import write_cifar10, write_classes, write_folder, write_isic2018, write_mnist, write_ph2
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,10 +19,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def fake_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder for $FEWLIGHT_DATA with isic2018/, ph2/, folder/ and classes/; not to be written to."""
+    """A data folder for $FEWLIGHT_DATA with a folder for each data set of the configs; not to be written to."""
     root = tmp_path_factory.mktemp("fake_data")
     write_isic2018(root / "isic2018", 8)
     write_ph2(root / "ph2", 10)
     write_folder(root / "folder", 6)
     write_classes(root / "classes", 6)
+    write_mnist(root / "mnist", 200, 20)
+    write_cifar10(root / "cifar10", 40)
     return root

@@ -1,5 +1,7 @@
 """Tiny data sets in the official folder layouts, drawn instead of stored."""
 
+import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +93,29 @@ def write_classes(folder: Path, n: int = 6) -> Path:
                 image, _ = draw_pair(3000 + 100 * position + number)
                 Image.fromarray(image).save(place / f"photo{number}.png")
     return folder
+
+
+def write_mnist(root: Path, train: int, test: int) -> Path:
+    """Write images of 28 px in the files of MNIST, image i of class i % 10 and as bright as i; returns the root."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", train), ("t10k", test)):
+        images = np.zeros((count, 28, 28), dtype=np.uint8) + np.arange(count, dtype=np.uint8)[:, None, None]
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
+    return root
+
+
+def write_cifar10(root: Path, n: int) -> Path:
+    """Write n images of 32 px into each of the batches of CIFAR-10, image i of class i % 10; returns the root.
+
+    torchvision compares their checksums with the real ones': `torchvision.datasets.cifar.check_integrity`.
+    """
+    base = root / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    for seed, name in enumerate([*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]):
+        pixels = np.random.default_rng(seed).integers(0, 256, (n, 3 * 32 * 32), dtype=np.uint8)
+        (base / name).write_bytes(pickle.dumps({"data": pixels, "labels": [number % 10 for number in range(n)]}))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {number}" for number in range(10)]}))
+    return root

@@ -1,7 +1,6 @@
 """Where classified images come from, and everything that can be wrong with them."""
 
 import gzip
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from fake_data import write_mnist
 from PIL import Image
 
 from datamodules import (
@@ -193,18 +193,8 @@ def test_imagenet_with_a_list(tmp_path: Path) -> None:
         setup(ImageNetSource(str(tmp_path), str(tmp_path / "none.txt")))
 
 
-def write_mnist(root: Path) -> None:
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part, count in (("train", 20), ("t10k", 4)):
-        images = np.zeros((count, 28, 28), dtype=np.uint8) + np.arange(count, dtype=np.uint8)[:, None, None]
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
-
-
 def test_torchvision(tmp_path: Path) -> None:
-    write_mnist(tmp_path)
+    write_mnist(tmp_path, 20, 4)
     data = setup(TorchvisionSource("MNIST", str(tmp_path)), image_size=None, labels_per_class=1)
     assert (data.image_size, data.image_channels, data.num_classes) == (28, 1, 10)
     assert data.counts == {"labeled": 10, "unlabeled": 20, "val": 0, "test": 4}
