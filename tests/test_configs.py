@@ -333,8 +333,8 @@ def test_a_config_that_draws_fits_the_run_whose_checkpoint_it_takes(config: Path
     for name in _DRAWN_WITH[here["model"]["class_path"].rpartition(".")[2]]:
         assert here["model"]["init_args"][name] == there["model"]["init_args"][name]
     processes = [run["model"]["init_args"]["process"] or {"class_path": None, "init_args": {}} for run in (here, there)]
-    for of in (lambda p: p["class_path"], lambda p: p["init_args"].get("schedule")):
-        assert of(processes[0]) == of(processes[1])
+    kinds = [(process["class_path"], process["init_args"].get("schedule")) for process in processes]
+    assert kinds[0] == kinds[1]
 
 
 def _apart_from_what_a_flag_is_for(config: Path) -> str:

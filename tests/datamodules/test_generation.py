@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from fake_data import write_classes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -16,7 +17,6 @@ from datamodules import generation as generation_file
 from datamodules.classification.contents import Contents, ImageSource
 from datamodules.classification.streams import Pool, StreamSampler
 from datamodules.label_noise import NoiseKind
-from tests.fake_data import write_classes
 
 Batch = dict[str, Tensor]
 _COLOUR = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)

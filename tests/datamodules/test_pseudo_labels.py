@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fake_data import write_classes
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -20,7 +21,6 @@ from torch.utils.data import DataLoader
 from datamodules import ArraySource, FolderSource, GenerationDataModule
 from datamodules.classification.contents import ImageSource
 from datamodules.pseudo_labels import KIND, SPLITS, LabelTable, Origin, read, write
-from tests.fake_data import write_classes
 
 _NAMES = ("cat", "dog", "owl")
 _KEYS = [f"images/{number:02d}.png" for number in range(9)]
