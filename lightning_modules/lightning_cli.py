@@ -30,6 +30,8 @@ from lightning_modules.run_files import LastCheckpoint, RunRecord, artifact_file
 
 # Importing these makes their classes known by short name: `class_path: HybridSegmentation`.
 _PACKAGES = ("lightning_modules", "datamodules", "callbacks")
+# Arguments of modules, and of their parts, that are checkpoints.
+_STARTS_FROM = {"init_from", "teacher_from", "classifier_from"}
 
 
 @runtime_checkable
@@ -335,7 +337,7 @@ class FewlightCLI(LightningCLI):
         to_come = {run_dir / stages.LAST for run_dir in self._run_dirs}
         for key, value in self.settings.items():
             name = key.rpartition(".")[2]
-            if key.startswith("model.") and name in {"init_from", "teacher_from"} and isinstance(value, str):
+            if key.startswith("model.") and name in _STARTS_FROM and isinstance(value, str):
                 path = Path(value).expanduser()
                 if path not in to_come or self._is_dry:
                     load_checkpoint(path, name)

@@ -22,6 +22,7 @@ _NOT_HASHED = {
         "logger",
         "profiler",
     },
+    "model.init_args": {"latent_cache"},
     "data.init_args": {"num_workers", "cache_megabytes", "predict_images"},
 }
 # What datamodules, and the sources of SemiSupervisedDataModule, look for under $FEWLIGHT_DATA.

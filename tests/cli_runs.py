@@ -23,6 +23,37 @@ NETWORK = {
 }
 
 
+# Arguments that make networks tiny; those that a network does not have are left out.
+_SMALLER: dict[str, dict[str, Any]] = {
+    "UViT": {"embed_dim": 16, "depth": 2, "num_heads": 2},
+    "ClassUNet": {"base_channels": 8, "channel_mult": [1, 1], "layers_per_block": 1, "norm_groups": 4},
+    "NoisyResNet": {"widths": [4, 8], "blocks": [1, 1], "strides": [1, 2], "embed_dim": 8},
+    "KLAutoencoder": {"block_out_channels": [4, 8], "layers_per_block": 1, "norm_groups": 2},
+}
+
+
+def smaller(network: dict[str, Any]) -> dict[str, Any]:
+    """What to merge into the configuration of a network so that it becomes tiny."""
+    name = network["class_path"].rpartition(".")[2]
+    return {"class_path": name, "init_args": _SMALLER[name]}
+
+
+def tiny_generator(checkpoint: str) -> dict[str, Any]:
+    """TDSMDiffusion in the latents of an autoencoder of digits; all that it starts from is one checkpoint."""
+    autoencoder = {"in_channels": 1, "latent_channels": 2, **_SMALLER["KLAutoencoder"]}
+    latent = {"network": {"class_path": "KLAutoencoder", "init_args": autoencoder}, "init_from": checkpoint}
+    network = {"image_size": 4, "patch_size": 2, "in_channels": 2, **_SMALLER["UViT"]}
+    return {
+        "class_path": "TDSMDiffusion",
+        "init_args": {
+            "network": {"class_path": "UViT", "init_args": network},
+            "classifier": {"class_path": "NoisyResNet", "init_args": {"in_channels": 2, **_SMALLER["NoisyResNet"]}},
+            "classifier_from": checkpoint,
+            "latent": {"class_path": "LatentSpace", "init_args": latent},
+        },
+    }
+
+
 def config(name: str, **changes: Any) -> dict[str, Any]:
     """A fit of 2 epochs with 4 steps each on generated lesions, written under ${runs}/<name>."""
     content: dict[str, Any] = {

@@ -1,9 +1,12 @@
 """A module that draws, data to train it on, and runs of both."""
 
+import multiprocessing
+import os
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +16,8 @@ from torch.utils.data import DataLoader
 from callbacks import SyntheticImageWriter
 from datamodules import DrawRequest, SamplingDataModule
 
+# A fork starts at once, but not where this process has used a GPU before.
+START: Literal["fork", "spawn"] = "spawn" if torch.cuda.is_available() else "fork"
 REQUEST = DrawRequest(num_images=11, image_size=6, first_seed=3, batch_size=2, num_steps=4)
 # Eleven as well: seven of class 0 from the seeds 3, 5, ..., and four of class 1 from 4, 6, ...
 CLASSES = DrawRequest(
@@ -132,6 +137,28 @@ def predict(
     )
     trainer(writer, **options).predict(module or painter(request, 0.375), data, return_predictions=False)
     return writer
+
+
+def killed(folder: Path, num_blocks: int, run: Callable[..., object], *arguments: object) -> int:
+    """Run a function that draws into a folder in a process of its own, and kill that between two blocks.
+
+    Returns:
+        How many blocks it had drawn; fewer than all of them.
+    """
+    context: Any = multiprocessing.get_context(START)
+    process = context.Process(target=run, args=arguments)
+    process.start()
+    end = time.monotonic() + 60
+    while len(list(folder.glob("parts/*.json"))) < 2:
+        assert process.is_alive(), "it ended before it was killed"
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    done = len(list(folder.glob("parts/*.json")))
+    assert done < num_blocks, "killed too late to show anything"
+    assert not (folder / "manifest.json").exists()
+    return done
 
 
 def files(folder: Path) -> dict[str, bytes]:

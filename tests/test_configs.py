@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cli_runs import NETWORK
+from cli_runs import NETWORK, smaller
 
 from lightning_modules.cli import main
 
@@ -241,22 +241,8 @@ def _shrink_classifier(resolved: dict[str, Any], folder: Path) -> Path:
     return _overlay(folder, model, data, fast_dev_run=True)
 
 
-_SMALLER: dict[str, dict[str, Any]] = {
-    "UViT": {"embed_dim": 16, "depth": 2, "num_heads": 2},
-    "ClassUNet": {"base_channels": 8, "channel_mult": [1, 1], "layers_per_block": 1, "norm_groups": 4},
-    "NoisyResNet": {"widths": [4, 8], "blocks": [1, 1], "strides": [1, 2], "embed_dim": 8},
-    "KLAutoencoder": {"block_out_channels": [4, 8], "layers_per_block": 1, "norm_groups": 2},
-}
-
-
-def _smaller(network: dict[str, Any]) -> dict[str, Any]:
-    name = network["class_path"].rpartition(".")[2]
-    known = network["init_args"].keys()
-    return {"class_path": name, "init_args": {k: v for k, v in _SMALLER[name].items() if k in known}}
-
-
 def _smaller_networks(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: _smaller(arguments[name]) for name in ("network", "classifier") if arguments.get(name) is not None}
+    return {name: smaller(arguments[name]) for name in ("network", "classifier") if arguments.get(name) is not None}
 
 
 def _shrink_generation(resolved: dict[str, Any], folder: Path) -> Path:
@@ -267,11 +253,11 @@ def _shrink_generation(resolved: dict[str, Any], folder: Path) -> Path:
     data: dict[str, Any] = {"batch_size": 4, "steps_per_epoch": 1, "num_workers": 0}
     kept = [c for c in resolved["trainer"]["callbacks"] if not c["class_path"].endswith("GenerationMetrics")]
     if arguments.get("latent") is not None:
-        smaller = _smaller(arguments["latent"]["init_args"]["network"])
-        trained = _overlay(folder, {"network": smaller}, data, max_steps=1, default_root_dir=str(folder / "teacher"))
+        tiny = smaller(arguments["latent"]["init_args"]["network"])
+        trained = _overlay(folder, {"network": tiny}, data, max_steps=1, default_root_dir=str(folder / "teacher"))
         main(["fit", "--config", str(ROOT / "configs/vae_digits.yaml"), "--overlay", str(trained)])
         last = str(folder / "teacher/checkpoints/last.ckpt")
-        model |= {"latent": {"init_args": {"network": smaller, "init_from": last}}}
+        model |= {"latent": {"init_args": {"network": tiny, "init_from": last}}}
     return _overlay(folder, model, data, fast_dev_run=True, callbacks=kept)
 
 

@@ -3,22 +3,32 @@ on any number of processes."""
 
 import io
 import json
-import multiprocessing
-import os
-import signal
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import pytorch_lightning as pl
 import torch
-from drawing_runs import CLASSES, REQUEST, ClassPainter, Ones, Painter, files, fit, painter, predict, ramps, trainer
+from drawing_runs import (
+    CLASSES,
+    REQUEST,
+    START,
+    ClassPainter,
+    Ones,
+    Painter,
+    files,
+    fit,
+    killed,
+    painter,
+    predict,
+    ramps,
+    trainer,
+)
 from jsonargparse import ArgumentParser
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint, Timer
@@ -31,9 +41,6 @@ from torch.utils.data import DataLoader
 from callbacks import SyntheticImageWriter
 from datamodules import DrawRequest, SamplingDataModule
 from datamodules.synthetic_images import read, weights_sha256
-
-# A fork starts at once, but not where this process has used a GPU before.
-START: Literal["fork", "spawn"] = "spawn" if torch.cuda.is_available() else "fork"
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +84,7 @@ def test_a_kill_while_drawing_and_the_same_command_give_the_same_files(
 ) -> None:
     folder = tmp_path / "drawn"
     run(tmp_path / "undisturbed", request=request_)
-    context: Any = multiprocessing.get_context(START)
-    process = context.Process(target=run, args=(folder, painter(request_, ground, seconds=0.15), request_))
-    process.start()
-    end = time.monotonic() + 60
-    while len(list(folder.glob("parts/*.json"))) < 2:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    done = len(list(folder.glob("parts/*.json")))
-    assert done < request_.num_blocks, "killed too late to show anything"
-    assert not (folder / "manifest.json").exists()
+    done = killed(folder, request_.num_blocks, run, folder, painter(request_, ground, seconds=0.15), request_)
     # As a kill inside a write would have left them: an image without its part, and a temporary.
     place = "square" if request_.has_classes else "images"
     first_missing = next(s for s in request_.seeds(done) if not request_.has_classes or request_.label(s) == 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_runs import write
+from cli_runs import tiny_generator, write
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped] # publishes no types
     EventAccumulator,
@@ -177,6 +177,20 @@ def test_a_mistake_of_the_last_fit_shows_before_its_stages_run(tmp_path: Path) -
     ph2 = ("--data", "PH2DataModule", "--data.init_args.root", "nowhere")
     with pytest.raises(FileNotFoundError, match="`root` to be a folder"):
         _run("fit", "--config", config, "--model.init_args.init_from", "null", *ph2)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("missing", ["classifier_from", "latent.init_args.init_from"])
+def test_so_does_a_missing_checkpoint_of_a_generator(missing: str, tmp_path: Path) -> None:
+    write(tmp_path, "stage")
+    written = "runs/stage/checkpoints/last.ckpt"
+    config = write(
+        tmp_path, "a", stages=["stage.yaml"], model=tiny_generator(written), data={"class_path": "GenerationDataModule"}
+    )
+    with pytest.raises(
+        FileNotFoundError, match=rf"`{missing.split('.')[-1]}` to be a checkpoint file, .* none at runs/b"
+    ):
+        _run("fit", "--config", config, f"--model.init_args.{missing}", "runs/b/checkpoints/last.ckpt")
     assert not (tmp_path / "runs").exists()
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from drawing_runs import Ones
+from drawing_runs import START, Ones
 from pytorch_lightning.callbacks import ModelCheckpoint
 from tdsm_toys import ClassPoint
 from tiny_autoencoders import fitted, tiny_autoencoder
@@ -22,8 +22,6 @@ from datamodules.synthetic_images import weights_sha256
 from lightning_modules import LatentSpace, NoisyLabelClassifier, NoisyResNet, TDSMDiffusion
 from lightning_modules.latent_images import LatentImages
 
-# A fork starts at once, but not where this process has used a GPU before.
-START: Literal["fork", "spawn"] = "spawn" if torch.cuda.is_available() else "fork"
 adam = partial(torch.optim.Adam, lr=1e-3)
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
 Make = Callable[..., pl.LightningModule]

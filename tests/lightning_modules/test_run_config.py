@@ -46,6 +46,7 @@ def no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         {"vars": {"lr": 0.1, "unused": 3}},
         {"runs": "elsewhere"},
         {"data__init_args__num_workers": 8},
+        {"model__init_args__latent_cache": "elsewhere"},
         {"trainer__default_root_dir": "elsewhere"},
         {"trainer__enable_progress_bar": False},
         {"ckpt_path": "last"},
