@@ -14,7 +14,7 @@ A step is the loss of TDSMDiffusion, backward and AdamW on images of 32 px, at 4
 How many passes a threshold leaves depends on the posterior of the classes, which says little in a classifier that is
 not trained. So the images are made of classes that are normal distributions, whose posterior is known. Their means
 and spreads fall off from direction to direction so that noise hides the classes as slowly as it hides those of real
-images: with ten classes the most likely class is right for 96 % of the images without noise, and for 87, 68 and 44 % at
+images: with ten classes the most likely class is right for 96 % of the images without noise, and for 87, 68 and 46 % at
 sigma = 0.5, 1 and 2 (the classifiers of noisy CIFAR-10 in Cohen et al., arXiv 1902.02918, are right for 77, 66 and 47 %
 there). Noise levels are drawn as in training by EDMProcess. The time of a NoisyResNet is part of the step all the same:
 a ResNet-18 with an eighth of its channels, 12 % of a UViT's multiplications in a forward pass and 10 % of a ClassUNet's
