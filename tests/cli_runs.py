@@ -38,20 +38,22 @@ def smaller(network: dict[str, Any]) -> dict[str, Any]:
     return {"class_path": name, "init_args": _SMALLER[name]}
 
 
-def tiny_generator(checkpoint: str) -> dict[str, Any]:
-    """TDSMDiffusion in the latents of an autoencoder of digits; all that it starts from is one checkpoint."""
-    autoencoder = {"in_channels": 1, "latent_channels": 2, **_SMALLER["KLAutoencoder"]}
-    latent = {"network": {"class_path": "KLAutoencoder", "init_args": autoencoder}, "init_from": checkpoint}
-    network = {"image_size": 4, "patch_size": 2, "in_channels": 2, **_SMALLER["UViT"]}
-    return {
-        "class_path": "TDSMDiffusion",
-        "init_args": {
-            "network": {"class_path": "UViT", "init_args": network},
-            "classifier": {"class_path": "NoisyResNet", "init_args": {"in_channels": 2, **_SMALLER["NoisyResNet"]}},
-            "classifier_from": checkpoint,
-            "latent": {"class_path": "LatentSpace", "init_args": latent},
-        },
+def tiny_generator(classifier_from: str, latents_from: str | None = None) -> dict[str, Any]:
+    """TDSMDiffusion of digits, or of their latents; what it starts from."""
+    size, channels = (8, 1) if latents_from is None else (4, 2)
+    network = {"image_size": size, "patch_size": 2, "in_channels": channels, **_SMALLER["UViT"]}
+    judge = {"in_channels": channels, **_SMALLER["NoisyResNet"]}
+    arguments: dict[str, Any] = {
+        "network": {"class_path": "UViT", "init_args": network},
+        "classifier": {"class_path": "NoisyResNet", "init_args": judge},
+        "classifier_from": classifier_from,
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
     }
+    if latents_from is not None:
+        autoencoder = {"in_channels": 1, "latent_channels": 2, **_SMALLER["KLAutoencoder"]}
+        latent = {"network": {"class_path": "KLAutoencoder", "init_args": autoencoder}, "init_from": latents_from}
+        arguments["latent"] = {"class_path": "LatentSpace", "init_args": latent}
+    return {"class_path": "TDSMDiffusion", "init_args": arguments}
 
 
 def config(name: str, **changes: Any) -> dict[str, Any]:

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cli_runs import NETWORK, write
+from cli_runs import NETWORK, tiny_generator, write
 from fake_data import write_folder, write_isic2018, write_ph2
 from PIL import Image
+from tiny_nets import adamw, tiny_trainer
 
-from lightning_modules import stages
+from datamodules import ArraySource, GenerationDataModule
+from lightning_modules import NoisyLabelClassifier, NoisyResNet, stages
 from lightning_modules.cli import main
 
 LAST = Path("runs/a/checkpoints/last.ckpt")
@@ -166,6 +168,25 @@ def _predict(*names: str, **arguments: object) -> list[str]:
     return ["predict", *_fit(trainer__callbacks=[writer], data__init_args__predict_images="photos")[1:]]
 
 
+def _judged_by(**arguments: Any) -> Callable[[], list[str]]:
+    """A generator of digits whose classifier of noisy images was trained on other data."""
+
+    def arrange() -> list[str]:
+        torch.manual_seed(0)
+        data = GenerationDataModule(**arguments, batch_size=4, steps_per_epoch=1)
+        network = NoisyResNet(1, (4, 8), (1, 1), (1, 2), embed_dim=8)
+        judge = NoisyLabelClassifier(network, data.num_classes, optimizer=adamw)
+        trainer = tiny_trainer(Path(), max_epochs=1)
+        trainer.fit(judge, datamodule=data)
+        trainer.save_checkpoint("judge.ckpt")
+        return _fit(model=tiny_generator("judge.ckpt"), data={"class_path": "GenerationDataModule"})
+
+    return arrange
+
+
+_SQUARES = ArraySource(np.zeros((9, 8, 8), dtype=np.uint8), [0, 1, 2] * 3)
+
+
 def _masks_over_a_file() -> list[str]:
     Path("masks").write_text("mine")
     return _predict("one.png")
@@ -293,6 +314,10 @@ CASES = [
          r"`init_from` to be a Lightning checkpoint with a `state_dict`, got dict without"),
     Case("missing init_from", _from_file(lambda path: None), FileNotFoundError,
          r"`init_from` to be a checkpoint file, but there is none at start\.ckpt.*run the fit that writes it"),
+    Case("classifier_from of other classes", _judged_by(source=_SQUARES), ValueError,
+         r"`classifier_from` to be a classifier of the same classes.*trained with num_classes 3, not 10; fit one"),
+    Case("classifier_from of another resolution", _judged_by(image_size=16), ValueError,
+         r"`classifier_from` to be a classifier of the same .*images.*trained with image_size 16, not 8; fit one"),
     Case("text as ckpt_path", _option("--ckpt_path", "no.ckpt", b"hello"), ValueError,
          r"`ckpt_path` to be a checkpoint.*no\.ckpt cannot be read"),
     Case("truncated last.ckpt", _truncated_last, ValueError,

@@ -184,9 +184,8 @@ def test_a_mistake_of_the_last_fit_shows_before_its_stages_run(tmp_path: Path) -
 def test_so_does_a_missing_checkpoint_of_a_generator(missing: str, tmp_path: Path) -> None:
     write(tmp_path, "stage")
     written = "runs/stage/checkpoints/last.ckpt"
-    config = write(
-        tmp_path, "a", stages=["stage.yaml"], model=tiny_generator(written), data={"class_path": "GenerationDataModule"}
-    )
+    model = tiny_generator(written, written)
+    config = write(tmp_path, "a", stages=["stage.yaml"], model=model, data={"class_path": "GenerationDataModule"})
     with pytest.raises(
         FileNotFoundError, match=rf"`{missing.split('.')[-1]}` to be a checkpoint file, .* none at runs/b"
     ):

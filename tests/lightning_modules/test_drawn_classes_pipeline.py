@@ -106,6 +106,7 @@ def test_a_kill_while_digits_are_drawn_loses_and_doubles_none(fitted: Path, aske
     _require_whole(fitted / "killed", 100_000)
 
 
+@pytest.mark.slow
 def test_so_does_a_kill_while_a_fit_draws_at_its_end(fitted: Path, tmp_path: Path, asked: list[list[int]]) -> None:
     command = [*_fit(tmp_path), "--ckpt_path", "last"]
     drawn = tmp_path / "runs/tdsm_digits/images"
