@@ -20,6 +20,8 @@ from datamodules.classification.streams import BatchKey, Drawn, Pool, StreamName
 from datamodules.label_noise import LabelNoise
 from datamodules.loading import LateLoader, world
 from datamodules.pseudo_labels import PseudoLabels, read
+from datamodules.views.batch_ops import shift_images
+from datamodules.views.policies import Shift
 
 _STREAM: StreamName = "labeled"
 _WHY_ONE = "noise on labels that are wrong already would be of no known kind"
@@ -50,6 +52,9 @@ class GenerationDataModule(ClassificationDataModule):
             images; a relative folder is below the current directory.
         min_confidence: Leave out images whose pseudo-label is less sure than that, in [0, 1].
         flip: Mirror every second image, by chance. Digits do not survive it.
+        shift: Largest shift of an image in pixels, rows and columns each by chance, edges reflected. It keeps a
+            classifier of noisy images from learning wrong labels by heart; what a generator draws would be shifted as
+            well.
         steps_per_epoch: Batches of an epoch; None takes as many whole ones as there are images for, at least one.
             Images that one epoch leaves out are the first of the next.
         imbalance: Makes the classes unequal (`gamma_labeled`).
@@ -77,6 +82,7 @@ class GenerationDataModule(ClassificationDataModule):
         pseudo_labels: str | None = None,
         min_confidence: float = 0.0,
         flip: bool = False,
+        shift: int = 0,
         steps_per_epoch: int | None = None,
         imbalance: LongTail | None = None,
         num_workers: int = 0,
@@ -107,7 +113,12 @@ class GenerationDataModule(ClassificationDataModule):
         self.pseudo_labels = pseudo_labels
         self.min_confidence = min_confidence
         self._check_pseudo_labels()
+        check_least("shift", shift, 0)
+        if shift >= self.image_size:
+            msg = f"Expected argument `shift` below `image_size` {self.image_size}, but got {shift}."
+            raise ValueError(msg)
         self.flip = flip
+        self.shift = shift
         self._with_images = True
         self._train: _GivenImages | None = None
 
@@ -157,7 +168,15 @@ class GenerationDataModule(ClassificationDataModule):
         """Leave "image" out of training batches, for a module that keeps what it needs of each image by its index.
 
         Call it before the first training batch is asked for.
+
+        Raises:
+            ValueError: Images are shifted: what is kept of them is not what they are.
         """
+        if self.shift:
+            msg = (
+                f"Expected argument `shift` 0 for images that are encoded once (`latent_cache`), but got {self.shift}."
+            )
+            raise ValueError(msg)
         self._with_images = False
         if self._train is not None:
             self._train.with_images = False
@@ -209,8 +228,8 @@ class GenerationDataModule(ClassificationDataModule):
         # All ranks share an epoch: more of them take fewer steps.
         steps = self.steps_per_epoch or max(len(rows) // (size * world()[0]), 1)
         sampler = StreamSampler({_STREAM: Pool(len(rows), size)}, steps, self.seed)
-        flip_seed = self.seed if self.flip else None
-        self._train = _GivenImages(data.store, rows, self._given(rows), steps, flip_seed, self._with_images)
+        draws = _Draws(self.seed, self.flip, self.shift)
+        self._train = _GivenImages(data.store, rows, self._given(rows), steps, draws, self._with_images)
         return LateLoader(self._train, batch_size=None, sampler=sampler, **self._settings())
 
     def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -226,7 +245,7 @@ class _GivenImages(Dataset[dict[str, Any]]):
     rows: Int64Array
     labels: Tensor
     steps: int
-    flip_seed: int | None
+    draws: "_Draws"
     with_images: bool
 
     def __len__(self) -> int:
@@ -236,12 +255,13 @@ class _GivenImages(Dataset[dict[str, Any]]):
         drawn = key[_STREAM]
         index = torch.from_numpy(drawn.index)
         batch = {"label": self.labels[index], "index": index}
-        if self.flip_seed is not None:
-            batch["flip"] = _flips(drawn, self.flip_seed)
+        shift = self.draws.shifts(drawn)
+        if self.draws.flip:
+            batch["flip"] = shift.flip
         if self.with_images:
             image = self.store.fetch(self.rows[drawn.index])
-            if "flip" in batch:
-                image[batch["flip"]] = image[batch["flip"]].flip(-1)
+            if self.draws.flip or self.draws.shift:
+                image = shift_images(image, shift, self.draws.shift)
             batch["image"] = image.float().div_(255)
         return batch
 
@@ -265,10 +285,20 @@ def _matched(found: PseudoLabels, keys: Sequence[str], train: npt.NDArray[np.boo
     raise ValueError(msg)
 
 
-def _flips(drawn: Drawn, seed: int) -> Tensor:
-    """Which images of a batch are mirrored: every rank takes its own of the whole batch's."""
-    rank = drawn.draw % drawn.stride
-    first = drawn.draw - rank
-    generator = np.random.default_rng(view_seed(seed, _STREAM, first))
-    whole = generator.random(len(drawn.index) * drawn.stride) < 0.5
-    return torch.from_numpy(whole[rank :: drawn.stride].copy())
+@dataclass(frozen=True)
+class _Draws:
+    """What chance decides of a batch beside its order: every rank takes its own of the whole batch's."""
+
+    seed: int
+    flip: bool
+    shift: int
+
+    def shifts(self, drawn: Drawn) -> Shift:
+        rank = drawn.draw % drawn.stride
+        generator = np.random.default_rng(view_seed(self.seed, _STREAM, drawn.draw - rank))
+        whole = len(drawn.index) * drawn.stride
+        flip = generator.random(whole) < (0.5 if self.flip else 0.0)
+        offsets = generator.integers(0, 2 * self.shift + 1, (2, whole))
+        own = slice(rank, None, drawn.stride)
+        top, left = (torch.from_numpy(part[own].copy()) for part in offsets)
+        return Shift(torch.from_numpy(flip[own].copy()), top, left)

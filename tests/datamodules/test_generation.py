@@ -115,7 +115,7 @@ def test_a_resumed_fit_sees_what_it_would_have_seen(num_workers: int) -> None:
 
 
 def test_ranks_share_one_stream_and_its_flips() -> None:
-    data = digits(flip=True, batch_size=10, steps_per_epoch=3)
+    data = digits(flip=True, shift=1, batch_size=10, steps_per_epoch=3)
     whole = batches(data, 2)
     dataset = data.train_dataloader().dataset
     shares = []
@@ -146,6 +146,21 @@ def test_flips_are_told_and_done() -> None:
     assert torch.equal(image[flip], original[flip].flip(-1))
     first, second = (column(batches(digits(flip=True), epoch), "flip") for epoch in (0, 1))
     assert not torch.equal(first, second)
+
+
+def test_images_are_shifted_by_chance() -> None:
+    made = batches(digits(shift=1))
+    image, index = column(made, "image"), column(made, "index")
+    padded = torch.nn.functional.pad(pixels("train")[index], (1, 1, 1, 1), mode="reflect")
+    crops = torch.stack([padded[..., top : top + 8, left : left + 8] for top in range(3) for left in range(3)])
+    fits = (crops == image).flatten(2).all(2)  # [9, N]; a digit may fit at two places
+    assert bool(fits.any(0).all())
+    once = fits[:, fits.sum(0) == 1].float().mean(1)
+    assert float((once - 1 / 9).abs().max()) < 0.05
+    with pytest.raises(ValueError, match="`shift` below `image_size` 8, but got 8"):
+        digits(shift=8)
+    with pytest.raises(ValueError, match=r"`shift` 0 for images that are encoded once .* got 1"):
+        digits(shift=1).leave_out_images()
 
 
 def test_images_can_be_left_out() -> None:
