@@ -76,6 +76,8 @@ class TDSMDiffusion(BaseModule):
         threshold: Largest weight that `exact` leaves out; the released code has 0.01.
         renormalize: Let the weights that `exact` keeps sum to 1. The released code does not, and inflates images.
         pairs_at_once: Most images in a pass without gradient, a limit to memory; None for as many as the batch has.
+        temperature: Divides the classifier's logits. One that was stopped early, before it knew wrong labels by heart, is
+            less sure than it could be: below 1 makes up for that. Its held-out likelihood tells which value is right.
         label_dropout: Probability of training on an image without its label.
         latent: Diffuse in the latent space of an autoencoder.
         latent_cache: Folder for the latents of the training images; None encodes every batch anew.
@@ -104,6 +106,7 @@ class TDSMDiffusion(BaseModule):
         threshold: float = 0.0,
         renormalize: bool = True,
         pairs_at_once: int | None = None,
+        temperature: float = 1.0,
         label_dropout: float = 0.0,
         latent: nn.Module | None = None,
         latent_cache: str | None = None,
@@ -131,6 +134,7 @@ class TDSMDiffusion(BaseModule):
             threshold,
             renormalize,
             pairs_at_once,
+            temperature,
         )
         self.label_dropout = label_dropout
         self.images = LatentImages(latent, latent_cache)

@@ -42,6 +42,7 @@ class TransitionWeighting(nn.Module):
         threshold: float,
         renormalize: bool,
         pairs_at_once: int | None,
+        temperature: float,
     ) -> None:
         super().__init__()
         for name, choice, choices in (("weighting", weighting, Weighting), ("others", others, Others)):
@@ -50,6 +51,9 @@ class TransitionWeighting(nn.Module):
                 raise ValueError(msg)
         if not 0 <= threshold < 1:
             msg = f"Expected `threshold` in [0, 1), got {threshold}."
+            raise ValueError(msg)
+        if temperature <= 0:
+            msg = f"Expected a positive `temperature`, got {temperature}; 1 takes the classifier as it is."
             raise ValueError(msg)
         if (classifier is None) == (weighting == "posterior"):
             msg = (
@@ -64,6 +68,7 @@ class TransitionWeighting(nn.Module):
         self.classifier = None if classifier is None else Frozen(classifier)
         self.classifier_from = classifier_from
         self.given = transition
+        self.temperature = temperature
         self.register_buffer("transition", torch.eye(num_classes))
         self._how: dict[str, Any] = {"others": others, "threshold": threshold, "renormalize": renormalize}
         self._how["pairs_at_once"] = pairs_at_once
@@ -125,7 +130,9 @@ class TransitionWeighting(nn.Module):
         if self.classifier is None:
             return reverse_weights(label, reverse_transition(self.transition).to(label.device))
         logits = self.classifier(scaled_input(self.classifier, process, x, sigma), process.c_noise(sigma))
-        return transition_weights(logits.float().log_softmax(1), label, log_transition(self.transition))
+        return transition_weights(
+            (logits.float() / self.temperature).log_softmax(1), label, log_transition(self.transition)
+        )
 
     def estimate(self, denoiser: ClassDenoiser, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         """Estimate clean images from noisy ones of given labels, as a mixture over the clean classes.
