@@ -10,11 +10,10 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from callbacks.drawing_progress import drawing_progress
 from callbacks.drawn_sheet import class_rows, shown_classes
 from callbacks.picture import EvalSplit, Picture, class_name, lacks_method, require_positive
 from callbacks.reference_features import Extracts, RealImages, Reference, ReferenceSplit, reference_features
-from callbacks.sampling import Draws, drawing
+from callbacks.sampling import Draws, drawing, drawing_progress
 from datamodules.synthetic_images import DrawRequest, SamplerName
 
 
@@ -75,7 +74,8 @@ class GenerationMetrics(Picture):
             values are about, but have the labels they were given: with noise on them, values of single classes
             (`per_class`) mean little. The classification accuracy score is always of test images.
         cache_dir: Folder for the features of real images, which are computed once for data, split and weights; None
-            takes `.fewlight` in the folder of the data, and keeps them in memory only where there is none.
+            takes `.fewlight` in the folder of the data, and keeps them in memory only where there is none, or it cannot
+            be written to. Remove it after files were replaced by others of the same names.
         shown: Images of each class in the picture; 0 draws no picture.
 
     Raises:
@@ -170,7 +170,9 @@ class GenerationMetrics(Picture):
             with drawing(trainer, pl_module, type(self)) as draw:
                 draw(request.trial().batch(0))
             if not getattr(trainer, "fast_dev_run", False):
+                self.extractor.to(trainer.strategy.root_device)
                 self._require_images(trainer, self._extracts(), request)
+                self.extractor.cpu()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare after validation.
@@ -252,13 +254,14 @@ class GenerationMetrics(Picture):
                 named = found if isinstance(found, dict) else {metric.name: found}
                 values |= {f"{split}_{name}{tail}": value.float() for name, value in named.items()}
                 metric.reset()
+                # Training needs the memory of the device.
+                cast("Metric", metric).cpu()
         self.extractor.cpu()
         pl_module.log_dict(values, sync_dist=True)
 
     def _require_images(self, trainer: pl.Trainer, extractor: Extracts, request: DrawRequest) -> Reference:
         """The real images as metrics see them, if there are enough of these and of drawn ones."""
         if self._known is None:
-            self.extractor.to(trainer.strategy.root_device)
             images = RealImages(trainer, self.reference)
             self._known = reference_features(images, extractor, self.cache_dir)
         real, drawn = torch.bincount(self._known.labels, minlength=len(request.counts)), torch.tensor(request.counts)

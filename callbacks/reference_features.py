@@ -90,14 +90,15 @@ class RealImages:
 
     def features(self, extractor: Extracts) -> Reference:
         """Turn all images into features; the same on every process."""
-        own: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        found: list[list[Tensor]] = []
         for image, label, index in self.batches():
             features, probabilities = extractor(image)
-            own.append((features.float(), label, probabilities.float(), index))
-        parts = [torch.cat(list(part)) for part in zip(*own, strict=True)]
-        if self.trainer.world_size > 1:
-            parts = [self.trainer.strategy.all_gather(part).flatten(0, 1) for part in parts]
-        features, label, probabilities, index = (part.cpu() for part in parts)
+            parts = [features.float(), label, probabilities.float(), index]
+            if self.trainer.world_size > 1:
+                parts = [self.trainer.strategy.all_gather(part).flatten(0, 1) for part in parts]
+            # Batch by batch: features of a million images are too many for the device.
+            found.append([part.cpu() for part in parts])
+        features, label, probabilities, index = (torch.cat(part) for part in zip(*found, strict=True))
         order = index.argsort()
         # Fillers, and images that nobody knows the class of.
         order = order[(index[order] >= 0) & (label[order] >= 0)]
@@ -143,12 +144,13 @@ def _identity(images: RealImages, extractor: Extracts) -> str | None:
     """What has to be the same for the same features; None where the data do not say what they are."""
     data = getattr(images.trainer, "datamodule", None)
     # Test images have their true labels, whatever noise those of training images have.
-    names = ["images_fingerprint", "fingerprint"] if images.split == "test" else ["fingerprint"]
+    names = ["test_fingerprint", "fingerprint"] if images.split == "test" else ["fingerprint"]
     found = [value for name in names if (value := getattr(data, name, None))]
     if not found:
         return None
     known = {"data": str(found[0]), "split": images.split, "extractor": extractor.name}
-    known |= {"weights": extractor.fingerprint, "image_size": str(getattr(data, "image_size", None))}
+    known |= {"weights": extractor.fingerprint}
+    known |= {name: str(getattr(data, name, None)) for name in ("image_size", "image_channels")}
     return json.dumps(known, sort_keys=True)
 
 
@@ -159,9 +161,7 @@ def _beside_data(trainer: pl.Trainer) -> Path | None:
 
 
 def _read(file: Path, identity: str | None) -> Reference | None:
-    """What a file holds, if it is whole and of these images."""
-    if not file.is_file():
-        return None
+    """What a file holds, if it is there, may be read, is whole and of these images."""
     try:
         with safe_open(file, "pt") as opened:
             if (opened.metadata() or {}).get("identity") != identity:

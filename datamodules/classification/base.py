@@ -1,5 +1,6 @@
 """What the datamodules of images with a class share: they differ in what a training batch holds."""
 
+import hashlib
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
@@ -30,6 +31,8 @@ class ClassificationDataModule(pl.LightningDataModule):
         fingerprint: Identifies the data, their split and given labels, after `setup`.
         images_fingerprint: Identifies the images and what the source has them for, whatever their labels, after
             `setup`.
+        test_fingerprint: Identifies the images and the labels of those to test on, whatever labels the others have,
+            after `setup`.
 
     Raises:
         ValueError: If a number is out of range.
@@ -88,6 +91,8 @@ class ClassificationDataModule(pl.LightningDataModule):
         self.counts = counts
         self.fingerprint = data.fingerprint
         self.images_fingerprint = data.images_fingerprint
+        tested = data.labels[torch.from_numpy(data.split.test)].numpy().tobytes()
+        self.test_fingerprint = hashlib.sha256(data.images_fingerprint.encode() + tested).hexdigest()
         self._data = data
 
     def _ready(self) -> Prepared:

@@ -246,7 +246,10 @@ def test_features_of_real_images_are_computed_once_for_data_split_and_weights(tm
     assert looked_at(tmp_path, Rows("e" * 64), RowMeans()) == 31
     assert looked_at(tmp_path, Rows(), RowMeans("w2")) == 31
     assert looked_at(tmp_path, Rows(), RowMeans(), reference="train") == 25
-    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    grey = Rows()
+    grey.image_channels = 1  # type: ignore[attr-defined]
+    assert looked_at(tmp_path, grey, RowMeans()) == 31
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
     assert not list(tmp_path.glob(".*.tmp"))
     # A file of something else, or half of one, is written anew.
     others = [path for path in tmp_path.glob("rows_test_*") if path != kept]
@@ -272,6 +275,22 @@ def test_data_with_a_folder_keep_the_features_there(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, callbacks=[compare(metrics=[FrechetDistance()])])
     trainer.test(Generator(), data, verbose=False)
     assert len(list((tmp_path / ".fewlight").glob("rows_test_*.safetensors"))) == 1
+    # Where they cannot be kept they are computed all the same.
+    data.source = type("Source", (), {"place": tmp_path / "other"})()  # type: ignore[attr-defined]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.fewlight").write_text("in the way")
+    trainer.test(Generator(), data, verbose=False)
+    assert data.read["test"] == 2 + 2  # the test's own, too
+    assert (tmp_path / "other/.fewlight").read_text() == "in the way"
+
+
+def test_a_file_that_may_not_be_read_is_as_good_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bool:
+        raise PermissionError
+
+    monkeypatch.setattr("callbacks.reference_features.Path.is_file", refuse)
+    monkeypatch.setattr("callbacks.reference_features.safe_open", refuse)
+    assert looked_at(tmp_path, Rows(), RowMeans()) == 31
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:

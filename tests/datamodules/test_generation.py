@@ -241,6 +241,18 @@ def test_labels_are_noisy_in_validation_and_true_in_test() -> None:
     assert data.images_fingerprint == digits().images_fingerprint
 
 
+def test_labels_to_test_on_have_a_fingerprint_of_their_own() -> None:
+    def found(tested: list[int], noise: LabelNoise | None = None) -> GenerationDataModule:
+        images, labels = _COLOUR[..., 0], [0, 1] * 10
+        data = GenerationDataModule(ArraySource(images[:20], labels, images[20:], tested), label_noise=noise)
+        data.setup()
+        return data
+
+    data, noisy, corrected = found([0, 1, 0, 1]), found([0, 1, 0, 1], LabelNoise(rate=0.3)), found([0, 1, 1, 0])
+    assert data.test_fingerprint == noisy.test_fingerprint != corrected.test_fingerprint
+    assert data.images_fingerprint == corrected.images_fingerprint
+
+
 def test_an_unequal_choice_of_images() -> None:
     data = digits(imbalance=LongTail(gamma_labeled=10.0))
     counts = data.class_counts.tolist()
