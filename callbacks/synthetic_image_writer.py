@@ -12,7 +12,6 @@ from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from callbacks import sampling
-from callbacks.drawing_progress import drawing_progress
 from callbacks.drawn_sheet import class_sheet, pair_sheet
 from callbacks.picture import image_sink, lacks_method
 from datamodules.synthetic_images import Drawing, DrawRequest, Origin, weights_sha256
@@ -131,7 +130,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         self._left = _count(drawing, drawing.missing())
         self._begin(drawing, origin)
         own = drawing.missing(trainer.global_rank, trainer.world_size)
-        progress = drawing_progress(trainer, self.request.noun, _count(drawing, own))
+        progress = sampling.drawing_progress(trainer, self.request.noun, _count(drawing, own))
         with sampling.drawing(trainer, pl_module, type(self)) as draw, progress as advance:
             for block in own:
                 drawing.write(block, draw(self.request.batch(block)), origin.num_classes)
