@@ -78,6 +78,16 @@ def _is_for(overlay: Path, config: Path) -> bool:
     return not given or (of_ssl == (config.parent.name == "ssl") and bool(given & _vars_used(config)))
 
 
+# What the 29 files of configs/ssl share is looked at once, in these.
+_OF_ALL_METHODS = {"supervised.yaml", "fixmatch.yaml", "dividemix.yaml", "noisy_student.yaml", "remixmatch.yaml"}
+
+
+def _by_default(config: Path, *more: object) -> object:
+    """A case; of configs/ssl only some by default, as each takes seconds."""
+    rare = config.parent.name == "ssl" and config.name not in _OF_ALL_METHODS
+    return pytest.param(config, *more, marks=[pytest.mark.slow] if rare else [])
+
+
 COMBINED = [(config, overlay) for config in CONFIGS for overlay in OVERLAYS if _is_for(overlay, config)]
 ALONE_AND_COMBINED: list[tuple[Path, Path | None]] = [*((config, None) for config in CONFIGS), *COMBINED]
 
@@ -156,7 +166,7 @@ def _require_reached(config: Path, overlay: Path) -> None:
             assert resolved["trainer"][name] == value
 
 
-@pytest.mark.parametrize(("config", "overlay"), ALONE_AND_COMBINED, ids=str)
+@pytest.mark.parametrize(("config", "overlay"), [_by_default(*case) for case in ALONE_AND_COMBINED], ids=str)
 def test_a_config_and_an_overlay_fit_together(config: Path, overlay: Path | None) -> None:
     # One test, as resolving a configuration is what takes the time.
     if overlay is not None:
@@ -261,7 +271,7 @@ def _shrink_generation(resolved: dict[str, Any], folder: Path) -> Path:
     return _overlay(folder, model, data, fast_dev_run=True, callbacks=kept)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [_by_default(config) for config in CONFIGS], ids=str)
 def test_a_config_runs_one_step_on_data_in_the_official_layout(
     config: Path, tmp_path: Path, fake_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,9 @@ def _last(folder: Path) -> dict[str, Any]:
     return checkpoint
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name == "dividemix" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_killed_and_gone_on_with_is_bit_equal(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(tmp_path / "killed", METHODS[name])
     killed = subprocess.Popen(
