@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from datamodules.artifact_files import listed
 from datamodules.draw_request import DrawRequest
-from datamodules.drawn_files import Pixels, listed, require_finite, require_tensors, to_bytes
+from datamodules.drawn_files import Pixels, require_finite, require_tensors, to_bytes
 
 # Names that an artifact needs itself, or would have with masks.
 _RESERVED = frozenset({"images", "masks", "parts", "metadata.parquet", "manifest.json", "drawing.json"})

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datamodules.artifact_files import MANIFEST, read_json
 from datamodules.atomic import write_atomically, write_json_atomically
 from datamodules.class_files import ClassFiles
 from datamodules.draw_request import DrawRequest
-from datamodules.drawn_files import Layout, Pixels, png_bytes, read_json, table_bytes
+from datamodules.drawn_files import Layout, Pixels, png_bytes, table_bytes
 from datamodules.pair_files import PairFiles
 
 KIND = "synthetic_images"
-MANIFEST = "manifest.json"
 DRAWING = "drawing.json"
 TABLE = "metadata.parquet"
 _PARTS = "parts"

@@ -1,7 +1,6 @@
 """What drawn images of every kind have in common on disk; the same images always give the same bytes."""
 
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -13,6 +12,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
+
+from datamodules.artifact_files import parquet_bytes
 
 UInt8Array = npt.NDArray[np.uint8]
 RowT = TypeVar("RowT")
@@ -120,12 +121,9 @@ def png_bytes(pixels: UInt8Array) -> bytes:
 
 
 def table_bytes(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> bytes:
-    """Encode rows as Parquet: all options are said, and no metadata tells when or where."""
+    """Encode rows as Parquet, see `parquet_bytes`."""
     columns = zip(*rows, strict=True)
-    table = pa.table(dict(zip(schema.names, map(list, columns), strict=True)), schema=schema)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="snappy", version="2.6", row_group_size=65536, store_schema=False)
-    return buffer.getvalue()
+    return parquet_bytes(pa.table(dict(zip(schema.names, map(list, columns), strict=True)), schema=schema))
 
 
 def read_table(path: Path, schema: pa.Schema) -> list[tuple[Any, ...]]:
@@ -154,32 +152,3 @@ def read_table(path: Path, schema: pa.Schema) -> list[tuple[Any, ...]]:
             f"({type(error).__name__}); copy the folder again, or draw it anew."
         )
         raise ValueError(msg) from error
-
-
-def read_json(path: Path, argument: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: The file.
-        argument: Argument that the message is about.
-
-    Returns:
-        The object.
-
-    Raises:
-        ValueError: The file holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        msg = f"Expected `{argument}` with a JSON object in {path}, but it is damaged; remove the folder, draw it anew."
-        raise ValueError(msg)  # noqa: TRY004 - the content of a file, not the type of an argument
-    return content
-
-
-def listed(names: Sequence[str]) -> str:
-    """Name the first few of many things."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

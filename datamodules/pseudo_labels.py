@@ -9,8 +9,6 @@ the processes that made them came.
 """
 
 import hashlib
-import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from datamodules.artifact_files import MANIFEST, listed, parquet_bytes, read_json, read_manifest
 from datamodules.atomic import write_atomically, write_json_atomically
 
 Int64Array = npt.NDArray[np.int64]
@@ -31,7 +30,8 @@ Float32Array = npt.NDArray[np.float32]
 KIND = "pseudo_labels"
 # What an image was to the module that labelled it.
 SPLITS = ("labeled", "unlabeled", "val", "test")
-_MANIFEST = "manifest.json"
+# Classes that an error names.
+_NAMED = 10
 _TABLE = "pseudo_labels.parquet"
 _SCHEMA = pa.schema([("key", pa.string()), ("label", pa.int64()), ("confidence", pa.float32()), ("split", pa.string())])
 _TOP = pa.schema([("top_label", pa.list_(pa.int64())), ("top_confidence", pa.list_(pa.float32()))])
@@ -108,9 +108,10 @@ class PseudoLabels:
         """
         names, origin = self.manifest["class_names"], self.manifest.get("fingerprint")
         if list(names) != list(class_names):
+            ours, theirs = listed(class_names, _NAMED), listed(names, _NAMED)
             msg = (
-                f"Expected `pseudo_labels` with the classes of the data ({_listed(class_names)}), but those in "
-                f"{self.folder} are {_listed(names)}; label the images with a module that was trained on these classes."
+                f"Expected `pseudo_labels` with the classes of the data ({ours}), but those in {self.folder} are "
+                f"{theirs}; label the images with a module that was trained on these classes."
             )
             raise ValueError(msg)
         if fingerprint is None or origin == fingerprint:
@@ -163,8 +164,8 @@ def write(folder: str | Path, table: LabelTable, origin: Origin) -> None:
         OSError: A file could not be written.
     """
     folder = Path(folder).expanduser()
-    manifest = folder / _MANIFEST
-    if manifest.is_file() and (kind := _read_json(manifest).get("kind")) != KIND:
+    manifest = folder / MANIFEST
+    if manifest.is_file() and (kind := read_json(manifest, "folder").get("kind")) != KIND:
         msg = f"Expected a folder of its own for pseudo-labels, but {folder} holds a {kind!r}; choose another folder."
         raise ValueError(msg)
     columns = _sorted(table)
@@ -213,13 +214,16 @@ def read(folder: str | Path) -> PseudoLabels:
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != manifest.get("table_sha256"):
         msg = (
-            f"Expected `pseudo_labels` as they were written, but {path} is not the table that {_MANIFEST} beside it "
+            f"Expected `pseudo_labels` as they were written, but {path} is not the table that {MANIFEST} beside it "
             "tells of; copy the folder again, or label the images anew."
         )
         raise ValueError(msg)
     names = manifest.get("class_names")
     if not isinstance(names, list):
-        msg = f"Expected `pseudo_labels` that name their classes, but {folder / _MANIFEST} has no `class_names`."
+        msg = (
+            f"Expected `pseudo_labels` that name their classes, but {folder / MANIFEST} has no `class_names`; label "
+            "the images anew."
+        )
         raise ValueError(msg)  # noqa: TRY004 - the content of a file, not the type of an argument
     table = _parsed(data, path)
     _check(table, len(names), f"in {path}")
@@ -291,7 +295,7 @@ def _check(table: LabelTable, num_classes: int, where: str) -> None:
 
 
 def _table_bytes(table: LabelTable) -> bytes:
-    """Encode rows as Parquet: all options are said, and no metadata tells when or where."""
+    """Encode rows as Parquet, see `parquet_bytes`."""
     split = pa.DictionaryArray.from_arrays(table.splits.astype(np.int8), list(SPLITS)).cast(pa.string())
     columns = [table.keys, pa.array(table.labels), pa.array(table.confidence), split]
     schema = _SCHEMA
@@ -300,10 +304,7 @@ def _table_bytes(table: LabelTable) -> bytes:
         lists = [pa.FixedSizeListArray.from_arrays(values.reshape(-1), values.shape[1]) for values in best]
         columns += [values.cast(field.type) for values, field in zip(lists, _TOP, strict=True)]
         schema = pa.schema([*_SCHEMA, *_TOP])
-    buffer = io.BytesIO()
-    options = {"compression": "snappy", "version": "2.6", "row_group_size": 65536, "store_schema": False}
-    pq.write_table(pa.table(columns, schema=schema), buffer, use_dictionary=["split"], **options)
-    return buffer.getvalue()
+    return parquet_bytes(pa.table(columns, schema=schema), use_dictionary=["split"])
 
 
 def _parsed(data: bytes, path: Path) -> LabelTable:
@@ -336,32 +337,11 @@ def _matrix(lists: Any, rows: int) -> npt.NDArray[Any]:  # noqa: ANN401 - pyarro
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _MANIFEST
-    if not path.is_file():
-        what = f"has no {_MANIFEST}: it is not finished" if folder.is_dir() else "is no folder"
+    if not (folder / MANIFEST).is_file():
+        what = f"has no {MANIFEST}: it is not finished" if folder.is_dir() else "is no folder"
         msg = (
             f"Expected `pseudo_labels` to be a finished folder of pseudo-labels, but {folder.absolute()} {what}; label "
             "the images first. A relative folder is looked for under the current directory."
         )
         raise FileNotFoundError(msg)
-    manifest = _read_json(path)
-    if manifest.get("kind") != KIND:
-        msg = f"Expected `pseudo_labels` to be a folder of kind {KIND!r}, but {path} says {manifest.get('kind')!r}."
-        raise ValueError(msg)
-    return manifest
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        msg = f"Expected a JSON object in {path}, but it is damaged; remove the folder, and make it anew."
-        raise ValueError(msg)  # noqa: TRY004 - the content of a file, not the type of an argument
-    return content
-
-
-def _listed(names: Sequence[str], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
+    return read_manifest(folder, KIND, "pseudo_labels", "give the folder that a module's labels were written to")

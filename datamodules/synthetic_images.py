@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, Literal, TypeVar, overload
 
+from datamodules.artifact_files import MANIFEST, listed, read_manifest
 from datamodules.class_files import ClassFiles, ClassRow
 from datamodules.draw_request import DrawRequest, SamplerName
-from datamodules.drawing import DRAWING, KIND, MANIFEST, TABLE, Drawing, Origin, weights_sha256
-from datamodules.drawn_files import listed, read_json, read_table
+from datamodules.drawing import DRAWING, KIND, TABLE, Drawing, Origin, weights_sha256
+from datamodules.drawn_files import read_table
 from datamodules.pair_files import PairFiles, PairRow
 
 __all__ = [
@@ -157,13 +158,7 @@ def _read_manifest(folder: Path, layout: LayoutName) -> dict[str, Any]:
         remedy = again if begun else f"draw the {noun} first"
         msg = f"Expected `synthetic_images` to be a finished folder of drawn {noun}, but {folder} {state}; {remedy}."
         raise FileNotFoundError(msg)
-    manifest = read_json(path, "synthetic_images")
-    if manifest.get("kind") != KIND:
-        msg = (
-            f"Expected `synthetic_images` to be a folder of kind {KIND!r}, but {path} says {manifest.get('kind')!r}; "
-            "give the `output_dir` of a SyntheticImageWriter."
-        )
-        raise ValueError(msg)
+    manifest = read_manifest(folder, KIND, "synthetic_images", "give the `output_dir` of a SyntheticImageWriter")
     found: LayoutName = "classes" if manifest.get("layout") == "classes" else "pairs"
     if found != layout:
         needs = "segmentation needs a mask for each image" if layout == "pairs" else "masks tell no class of an image"
