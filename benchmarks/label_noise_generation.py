@@ -40,25 +40,29 @@ from callbacks.drawn_sheet import class_sheet
 ROOT = Path(__file__).parent.parent
 ARMS = ("clean", "noisy", "reverse", "exact", "sampled", "learned")
 NOISES = ("symmetric", "asymmetric")
-# Metric, title, and whether more is better; the logged name begins like this.
+# What the name of a metric begins with, and the title of its column.
 COLUMNS = (
-    ("test_fid_", "FID", False),
-    ("test_cw_fid_", "CW-FID", False),
-    ("test_cas_", "CAS, %", True),
-    ("test_label_consistency_", "consistency, %", True),
+    ("test_fid_", "FID"),
+    ("test_cw_fid_", "CW-FID"),
+    ("test_cas_", "CAS, %"),
+    ("test_label_consistency_", "consistency, %"),
 )
 _PLAIN: dict[str, Any] = {"weighting": "none", "classifier": None, "classifier_from": None}
 
 
 def arm_overlay(arm: str, noise: str, rate: float, seed: int, runs: Path) -> dict[str, Any]:
     """What an arm changes in the config of the generator."""
+    known, learned = (
+        {"classifier_from": str(runs / stage / "checkpoints/last.ckpt")}
+        for stage in ("known_classifier", "learned_classifier")
+    )
     model: dict[str, Any] = {
         "clean": _PLAIN,
         "noisy": _PLAIN,
         "reverse": _PLAIN | {"weighting": "reverse"},
-        "exact": {"others": "exact", "threshold": 0.001},
-        "sampled": {"others": "sampled"},
-        "learned": {"others": "sampled", "classifier_from": str(runs / "learned_classifier/checkpoints/last.ckpt")},
+        "exact": {"others": "exact", "threshold": 0.001} | known,
+        "sampled": {"others": "sampled"} | known,
+        "learned": {"others": "sampled"} | learned,
     }[arm]
     chosen = {"noise": noise, "rate": 0.0 if arm == "clean" else rate, "labels_seed": seed}
     trainer = {"default_root_dir": str(runs / arm), "enable_progress_bar": False}
@@ -107,11 +111,9 @@ class Study:
 
     def arm(self, arm: str, noise: str, seed: int) -> Job:
         """A generator; clean ones do not depend on the noise."""
-        runs = self.runs("symmetric" if arm == "clean" else noise, seed)
-        overlay = arm_overlay(arm, noise, self.rate, seed, runs)
-        if overlay["model"]["init_args"].get("classifier_from", "") == "":
-            overlay["model"]["init_args"]["classifier_from"] = str(runs / "known_classifier/checkpoints/last.ckpt")
-        return self._job(self.config, overlay, runs / arm)
+        noise = NOISES[0] if arm == "clean" else noise
+        runs = self.runs(noise, seed)
+        return self._job(self.config, arm_overlay(arm, noise, self.rate, seed, runs), runs / arm)
 
     def runs(self, noise: str, seed: int) -> Path:
         """Folder of a kind of noise and a seed."""
@@ -127,7 +129,7 @@ class Study:
         return Job(place, (*words, "--stages", "null"))
 
 
-def value(metrics: Mapping[str, float], column: tuple[str, str, bool]) -> float:
+def value(metrics: Mapping[str, float], column: tuple[str, str]) -> float:
     """A column's metric of a run, percentages as such."""
     (name,) = [name for name in metrics if name.startswith(column[0]) and "_real_" not in name]
     return metrics[name] * (100 if column[1].endswith("%") else 1)
@@ -145,7 +147,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """A row for each arm; its runs in the order of the seeds."""
-    titles = [title for _, title, _ in COLUMNS]
+    titles = [title for _, title in COLUMNS]
     gaps = [f"{title.removesuffix(', %')} gap closed, %" for title in titles[1:]]
     lines = ["| arm | " + " | ".join([*titles, *gaps]) + " |", "|---" * (1 + len(titles) + len(gaps)) + "|"]
     columns = {arm: [[value(run, column) for run in runs] for column in COLUMNS] for arm, runs in found.items()}
