@@ -329,11 +329,8 @@ class HybridSegmentation(MaskModule):
             super().on_train_epoch_end()
         n = self.num_level_bins
         for term, by_level in (("image", self.image_by_level), ("mask", self.mask_by_level)):
-            means = by_level.compute() if by_level.update_called else torch.full((n + 1,), torch.nan)
-            by_level.reset()
-            self.log_dict(
-                {f"train_{term}_loss/{name}": m for name, m in zip(bin_names(n), means, strict=True) if not m.isnan()}
-            )
+            found = zip(bin_names(n), by_level.pop(), strict=True)
+            self._log_agreed({f"train_{term}_loss/{name}": mean for name, mean in found if not mean.isnan()})
 
     # ---------------------------------------------------------------- evaluation
 

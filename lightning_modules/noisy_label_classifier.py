@@ -76,7 +76,7 @@ class NoisyLabelClassifier(NoisyPosterior):
         latent_cache: Folder for the latents of the training images; None encodes every batch anew.
 
     Attributes:
-        transition: T as it is now, float64 [K, K]; NaN until it is known.
+        transition: T as it is now, float32 [K, K]; NaN until it is known.
 
     Raises:
         ValueError: An argument is out of range, or T is not a transition matrix of K classes that can be inverted.
@@ -136,8 +136,8 @@ class NoisyLabelClassifier(NoisyPosterior):
         sigma = self.process.sample_sigma(len(x), device=x.device)
         x = _noisy(x, sigma, torch.randn_like(x))
         log_q = self._log_posterior(self.network, x, sigma)
-        log_t = self.transition.log() if self.learned is None else self.learned.log_matrix()
-        nll = -given_log_likelihood(log_q, label, log_t.float())
+        log_t = self.transition.log() if self.learned is None else self.learned.log_matrix().float()
+        nll = -given_log_likelihood(log_q, label, log_t)
         loss, parts = nll.mean(), {"train_nll": nll.detach().mean()}
         if self.learned is not None:
             volume = self.learned.penalty()
@@ -203,7 +203,7 @@ class NoisyLabelClassifier(NoisyPosterior):
         found = self._clean(batch)
         if found is None:
             return
-        (x, eps, label, index), log_t = found, self.transition.log().float()
+        (x, eps, label, index), log_t = found, self.transition.log()
         for number in range(self.num_level_bins):
             log_q = self._evaluated(self.ema_network, *self._in_bin(x, eps, index, number))
             nll = -given_log_likelihood(log_q, label, log_t)
@@ -234,8 +234,7 @@ class NoisyLabelClassifier(NoisyPosterior):
         found = {"val_transition_condition": torch.tensor(condition_number(self.transition))}
         true = getattr(getattr(self.trainer, "datamodule", None), "transition_matrix", None)
         if isinstance(true, Tensor) and true.shape == self.transition.shape:
-            error = (self.transition.cpu() - true.double().cpu()).abs().sum() / self.num_classes
-            found["val_transition_error"] = error.float()
+            found["val_transition_error"] = (self.transition.cpu() - true.float().cpu()).abs().sum() / self.num_classes
         return found
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -321,6 +320,4 @@ def _noisy(x: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
 
 def _levels_of(name: str, by_level: BinnedMean) -> dict[str, Tensor]:
     """`name`_level_k of the bins that something fell into, and start again."""
-    means = by_level.compute() if by_level.update_called else by_level.total.new_full((by_level.num_bins,), torch.nan)
-    by_level.reset()
-    return {f"{name}_level_{k}": mean for k, mean in enumerate(means) if not bool(mean.isnan())}
+    return {f"{name}_level_{k}": mean for k, mean in enumerate(by_level.pop()) if not bool(mean.isnan())}

@@ -73,3 +73,14 @@ class BinnedMean(Metric):
             [num_bins] float32, NaN where nothing fell.
         """
         return self.total / self.count
+
+    def pop(self) -> Tensor:
+        """What `compute` returns, and start again; no warning where nothing fell. Every process has to ask.
+
+        Returns:
+            [num_bins] float32, NaN where nothing fell on any process.
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            means = self.total / self.count
+        self.reset()
+        return means

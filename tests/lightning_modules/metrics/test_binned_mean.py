@@ -36,6 +36,19 @@ def test_nan_stays_in_its_bin_and_gradients_do_not_pile_up() -> None:
     assert not metric.total.requires_grad
 
 
+def test_popping_starts_again_and_every_process_takes_part(recwarn: pytest.WarningsRecorder) -> None:
+    metric = BinnedMean(2)
+    metric.update(torch.tensor([1.0, 3.0]), torch.tensor([1, 1]))
+    assert metric.pop().nan_to_num(-1).tolist() == [-1.0, 2.0]
+    assert metric.pop().isnan().all()
+    assert not recwarn.list
+    # Nothing fell here, but 4 did on the other process: who did not ask would leave that one waiting.
+    metric.distributed_available_fn = lambda: True
+    there = {torch.float32: torch.tensor([0.0, 4.0]), torch.int64: torch.tensor([0, 1])}
+    metric.dist_sync_fn = lambda own, group=None: [own, there[own.dtype]]
+    assert metric.pop().nan_to_num(-1).tolist() == [-1.0, 4.0]
+
+
 def test_wrong_inputs() -> None:
     with pytest.raises(ValueError, match="`num_bins` to be at least 1 but got 0"):
         BinnedMean(0)
