@@ -63,7 +63,7 @@ class NoisyPosterior(BaseModule):
         self.process = EDMProcess() if process is None else process
         self.images = LatentImages(latent, latent_cache)
         self.learned: LearnedTransition | None = None
-        known = torch.full((num_classes, num_classes), torch.nan, dtype=torch.float64)
+        known = torch.full((num_classes, num_classes), torch.nan)
         self._given = transition is not None
         if isinstance(transition, LearnedTransition):
             transition.reset_classes(num_classes)
@@ -71,7 +71,8 @@ class NoisyPosterior(BaseModule):
             known = transition.matrix(num_classes).detach()
         elif transition is not None:
             known = require_transition(transition.matrix(num_classes), num_classes, "transition")
-        self.register_buffer("transition", known)
+        # Not float64: there are devices without.
+        self.register_buffer("transition", known.float())
         self._image_shape: tuple[int, int] | None = None  # channels and size, from the first batch
         self._best: dict[str, Any] = {}
         self._best_network: list[nn.Module] = []  # in a list: as an attribute it would be one of the module's parts
@@ -102,7 +103,7 @@ class NoisyPosterior(BaseModule):
         return self._evaluated(self.predictor, x, sigma)
 
     def current_transition(self) -> Tensor:
-        """T as it is now, float64 [K, K]; NaN until it is known."""
+        """T as it is now, float32 [K, K]; NaN until it is known."""
         return self.transition.detach()
 
     @torch.no_grad()
@@ -253,7 +254,7 @@ def load_noisy_classifier(
         space: What the noise is added to, see `LatentImages.space`.
 
     Returns:
-        T as the classifier was trained with, or learned: float64 [K, K], rows = clean classes.
+        T as the classifier was trained with, or learned: float64 [K, K] of float32 accuracy, rows = clean classes.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # the name everybody reads
 
+from lightning_modules.diffusion.noise import wide
 from lightning_modules.diffusion.transition import TransitionMatrix
 
 
@@ -68,8 +69,8 @@ class LearnedTransition(TransitionMatrix, nn.Module):
         self.raw = nn.Parameter(torch.full((num_classes, num_classes), float(start)))
 
     def log_matrix(self) -> Tensor:
-        """Log T, float64 [K, K], differentiable; finite however far A goes."""
-        raw = self.raw.double()
+        """Log T, float64 [K, K] (float32 on devices without), differentiable; finite however far A goes."""
+        raw = wide(self.raw)
         own = torch.eye(len(raw), dtype=torch.bool, device=raw.device)
         # Each row is proportional to 1 on the diagonal and sigmoid(A) beside it.
         return F.logsigmoid(raw).masked_fill(own, 0.0).log_softmax(1)

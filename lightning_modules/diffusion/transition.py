@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_modules.diffusion.noise import wide
+
 LARGEST_CONDITION = 1000.0
 """Condition number from which a matrix counts as singular: errors of a permille would then be as large as what is
 undone. Symmetric noise of 10 classes reaches it at a rate of 0.8991."""
@@ -47,7 +49,7 @@ def condition_number(matrix: Tensor) -> float:
     Returns:
         1 for the identity, infinity for a singular matrix.
     """
-    values = torch.linalg.svdvals(matrix.detach().double().cpu())
+    values = torch.linalg.svdvals(matrix.detach().cpu().double())
     return float(values[0] / values[-1]) if float(values[-1]) > 0 else math.inf
 
 
@@ -60,13 +62,13 @@ def require_transition(matrix: Tensor, num_classes: int, argument: str) -> Tenso
         argument: Name of the argument that it came from, for the error.
 
     Returns:
-        float64 [K, K].
+        float64 [K, K] on the CPU.
 
     Raises:
         ValueError: It is not square with K rows, has entries that are no probabilities, rows that do not sum to 1
             within 1e-6, or a condition number of `LARGEST_CONDITION` or more.
     """
-    found = matrix.detach().double()
+    found = matrix.detach().cpu().double()
     if tuple(found.shape) != (num_classes, num_classes):
         msg = (
             f"Expected `{argument}` to be a matrix of {num_classes} x {num_classes} for `num_classes` = {num_classes}, "
@@ -106,17 +108,17 @@ def reverse_transition(matrix: Tensor, prior: Tensor | None = None) -> Tensor:
         prior: Probabilities of the clean classes [K]; None for equal ones. Counts will do.
 
     Returns:
-        float64 [K, K] whose rows sum to 1.
+        float64 [K, K] (float32 on devices without) whose rows sum to 1.
 
     Raises:
         ValueError: `prior` is not of K positive numbers, or a given label never occurs.
     """
-    wide = matrix.double()
-    clean = torch.ones_like(wide[0]) if prior is None else prior.to(wide)
-    if clean.shape != wide.shape[:1] or not bool((clean > 0).all()) or not bool(torch.isfinite(clean).all()):
-        msg = f"Expected `prior` to be {len(wide)} positive numbers, got {clean.tolist()}; leave out empty classes."
+    forward = wide(matrix)
+    clean = torch.ones_like(forward[0]) if prior is None else prior.to(forward)
+    if clean.shape != forward.shape[:1] or not bool((clean > 0).all()) or not bool(torch.isfinite(clean).all()):
+        msg = f"Expected `prior` to be {len(forward)} positive numbers, got {clean.tolist()}; leave out empty classes."
         raise ValueError(msg)
-    joint = (wide * (clean / clean.sum())[:, None]).T
+    joint = (forward * (clean / clean.sum())[:, None]).T
     given = joint.sum(1, keepdim=True)
     if not bool((given > 0).all()):
         never = (given[:, 0] <= 0).nonzero().flatten().tolist()
