@@ -82,7 +82,9 @@ def image_noise(index: Tensor, like: Tensor) -> Tensor:
         Noise like the images.
     """
     shape = like.shape[1:]
-    eps = [torch.randn(shape, generator=torch.Generator().manual_seed(int(i))) for i in index]
+    # Read in one go, not image by image from a GPU; float32, since a trainer of 16 bits makes its type the default.
+    seeds = index.tolist()
+    eps = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) for seed in seeds]
     return torch.stack(eps).to(like)
 
 
