@@ -88,6 +88,8 @@ class LatentSpace(nn.Module):
         # Part of the state dict: whoever loads one has weights and needs no file.
         self.register_buffer("filled", torch.tensor(folder is not None))
         self._is_filled = False
+        self._fingerprint: str | None = None
+        self.register_load_state_dict_post_hook(_forget_fingerprint)  # type: ignore[no-untyped-call]  # torch's
         self.vae.float().requires_grad_(False)
         self.train()
 
@@ -207,14 +209,20 @@ class LatentSpace(nn.Module):
         self.filled.fill_(True)
 
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the moments: the weights, and what their shapes leave open."""
+        """SHA-256 of what decides the moments: the weights, and what their shapes leave open.
+
+        It is worked out once: every checkpoint of a classifier of latents asks for it.
+        """
         self.load()
+        if self._fingerprint is not None:
+            return self._fingerprint
         config = {name: self.vae.config[name] for name in _BESIDE_WEIGHTS}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
         for name, value in sorted(self.vae.state_dict().items()):
             digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the autoencoder as a folder for diffusers: `AutoencoderKL.from_pretrained(folder)`.
@@ -237,6 +245,12 @@ class LatentSpace(nn.Module):
             "shift_factor": None,
         }
         write_pretrained(json.dumps(config, indent=2, sort_keys=True), self.vae.state_dict(), folder, overwrite)
+
+
+def _forget_fingerprint(module: nn.Module, _: object) -> None:
+    """Other weights have another."""
+    if isinstance(module, LatentSpace):
+        module._fingerprint = None
 
 
 def _normalisation(config: Any, channels: int) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - diffusers' frozen mapping

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.networks.conditioning import check_positive
+
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -77,10 +79,8 @@ class KLAutoencoder(nn.Module):
         )
 
     def _require_fitting(self, widths: Sequence[int]) -> None:
-        for name in ("in_channels", "latent_channels", "layers_per_block", "norm_groups"):
-            if self._settings[name] < 1:
-                msg = f"Expected `{name}` to be at least 1, got {self._settings[name]}."
-                raise ValueError(msg)
+        counts = ("in_channels", "latent_channels", "layers_per_block", "norm_groups")
+        check_positive({name: self._settings[name] for name in counts})
         groups = self._settings["norm_groups"]
         if not widths or any(width < 1 or width % groups for width in widths):
             msg = (

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from tiny_autoencoders import fitted, tiny_autoencoder, tiny_latent_space
 from tiny_nets import Segmenter, Squares, adamw, squares_loader, tiny_trainer
+from torch import nn
 
 from lightning_modules import HybridSegmentation, KLAutoencoder, LatentSpace, export_checkpoint
 from lightning_modules.networks.autoencoder import LOG_VARIANCE_RANGE, kl_divergence
@@ -130,6 +131,8 @@ def test_fingerprints_tell_autoencoders_apart(tmp_path: Path) -> None:
     spaces = [tiny_latent_space(tmp_path / str(i), seed) for i, seed in enumerate((0, 0, 1))]
     prints = [space.fingerprint() for space in spaces]
     assert prints[0] == prints[1] != prints[2]
+    nn.ModuleDict({"latent": spaces[0]}).load_state_dict({f"latent.{k}": v for k, v in spaces[2].state_dict().items()})
+    assert spaces[0].fingerprint() == prints[2]
 
 
 def test_the_divergence_is_torchs() -> None:
