@@ -76,8 +76,8 @@ class TDSMDiffusion(BaseModule):
         threshold: Largest weight that `exact` leaves out; the released code has 0.01.
         renormalize: Let the weights that `exact` keeps sum to 1. The released code does not, and inflates images.
         pairs_at_once: Most images in a pass without gradient, a limit to memory; None for as many as the batch has.
-        temperature: Divides the classifier's logits. One that was stopped early, before it knew wrong labels by heart, is
-            less sure than it could be: below 1 makes up for that. Its held-out likelihood tells which value is right.
+        temperature: Divides the classifier's logits. One that was stopped early, before it knew wrong labels by heart,
+            is less sure than it could be: below 1 makes up for that. Its held-out likelihood tells which is right.
         label_dropout: Probability of training on an image without its label.
         latent: Diffuse in the latent space of an autoencoder.
         latent_cache: Folder for the latents of the training images; None encodes every batch anew.
@@ -90,6 +90,7 @@ class TDSMDiffusion(BaseModule):
         num_level_bins: The losses are logged for this many bins of the noise level.
 
     Raises:
+        TypeError: `network` takes no classes, or `latent` is none.
         ValueError: An argument is out of range, or what `weighting` needs is missing.
     """
 
@@ -117,6 +118,10 @@ class TDSMDiffusion(BaseModule):
         draw_batch: int = 64,
         num_level_bins: int = 4,
     ) -> None:
+        for name, count in (("draw_batch", draw_batch), ("num_level_bins", num_level_bins)):
+            if count < 1:
+                msg = f"Expected `{name}` to be at least 1, got {count}; leave it out for the default."
+                raise ValueError(msg)
         _give_classes(network, num_classes, label_dropout)
         super().__init__(network, optimizer, lr_scheduler, ema_half_life=ema_half_life)
         self.save_hyperparameters(
@@ -157,13 +162,19 @@ class TDSMDiffusion(BaseModule):
         self.require_classes_of_data(self.num_classes)
 
     def on_fit_start(self) -> None:
-        """Get classifier, transition matrix and latents; a fit that goes on has the first two from its checkpoint."""
+        """Get classifier, transition matrix and latents; a fit that goes on has the first two from its checkpoint.
+
+        Raises:
+            FileNotFoundError: A checkpoint is not there.
+            ValueError: The data's images are not the network's, T is not known, or a checkpoint is of something else.
+        """
         super().on_fit_start()
         if self.compile_backend is not None and not self._compiled:
             self._compiled = [cast("nn.Module", torch.compile(self.network, backend=self.compile_backend))]
         shape = self.images.image_shape(self._network)
+        data = getattr(self.trainer, "datamodule", None)
+        _require_images(data, *shape)
         if not self.goes_on:
-            data = getattr(self.trainer, "datamodule", None)
             self.weighting.prepare(data, shape, self.process, self.images.space())
         self.images.prepare(self.trainer, shape[0])
 
@@ -216,10 +227,8 @@ class TDSMDiffusion(BaseModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the loss by noise level."""
-        means = self.loss_by_level.compute()
-        self.loss_by_level.reset()
-        names = bin_names(self.num_level_bins)
-        self.log_dict({f"train_loss/{name}": m for name, m in zip(names, means, strict=True) if not m.isnan()})
+        found = zip(bin_names(self.num_level_bins), self.loss_by_level.pop(), strict=True)
+        self._log_agreed({f"train_loss/{name}": mean for name, mean in found if not mean.isnan()})
 
     # ---------------------------------------------------------------- evaluation
 
@@ -288,7 +297,10 @@ class TDSMDiffusion(BaseModule):
         require_labels(request["label"], self.num_classes)
         size, _ = self.images.image_shape(self._network)
         if request["image_size"] != size:
-            msg = f"Expected `image_size` {size}, which the network was built for, got {request['image_size']}."
+            msg = (
+                f"Expected `image_size` {size}, which the network was built for, got {request['image_size']}; ask for "
+                f"image_size={size}."
+            )
             raise ValueError(msg)
         denoiser = ClassDenoiser(self.ema_network, self.process)
         guidance = request.get("guidance", 0.0)
@@ -318,10 +330,24 @@ def _give_classes(network: nn.Module, num_classes: int, label_dropout: float) ->
         )
         raise TypeError(msg)
     if not 0 <= label_dropout < 1:
-        msg = f"Expected `label_dropout` in [0, 1), got {label_dropout}."
+        msg = f"Expected `label_dropout` in [0, 1), got {label_dropout}; guidance needs about 0.1, else leave it at 0."
         raise ValueError(msg)
     if network.num_classes != num_classes:
         network.reset_classes(num_classes)
     if label_dropout > 0 and network.null_label is None:
         msg = f"Expected a `network` with a null class for `label_dropout` {label_dropout}; set `null_class`."
+        raise ValueError(msg)
+
+
+def _require_images(data: object, image_size: int, image_channels: int) -> None:
+    """Compare the network's images with the datamodule's, where that knows them: some networks take any size."""
+    wanted = {"image_size": image_size, "image_channels": image_channels}
+    found = {name: getattr(data, name, None) for name in wanted}
+    wrong = [name for name, value in found.items() if value is not None and value != wanted[name]]
+    if wrong:
+        name = wrong[0]
+        msg = (
+            f"Expected a `network` for the images of the data, {name} {found[name]}, got one for {wanted[name]}; build "
+            "it with their image_size and in_channels, or those of their latents."
+        )
         raise ValueError(msg)

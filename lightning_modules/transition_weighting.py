@@ -27,6 +27,9 @@ class TransitionWeighting(nn.Module):
 
     Attributes:
         transition: T, float32 [K, K]; the identity until it is known.
+
+    Raises:
+        ValueError: An argument is out of range, or there is a classifier where none is asked or the reverse.
     """
 
     transition: Tensor
@@ -50,7 +53,10 @@ class TransitionWeighting(nn.Module):
                 msg = f"Expected `{name}` to be one of {', '.join(get_args(choices))}, got {choice!r}."
                 raise ValueError(msg)
         if not 0 <= threshold < 1:
-            msg = f"Expected `threshold` in [0, 1), got {threshold}."
+            msg = f"Expected `threshold` in [0, 1), got {threshold}; it is a weight, and 0 drops no class."
+            raise ValueError(msg)
+        if pairs_at_once is not None and pairs_at_once < 1:
+            msg = f"Expected `pairs_at_once` to be at least 1, got {pairs_at_once}; None is the size of the batch."
             raise ValueError(msg)
         if temperature <= 0:
             msg = f"Expected a positive `temperature`, got {temperature}; 1 takes the classifier as it is."

@@ -26,7 +26,7 @@ Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def log_transition(transition: Tensor) -> Tensor:
-    """Logarithm of a transition matrix, in float32; exact zeros become -inf."""
+    """Logarithm of a transition matrix [K, K], in float32; exact zeros become -inf."""
     return transition.log().float()
 
 
