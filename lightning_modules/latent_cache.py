@@ -233,7 +233,10 @@ class LatentCache:
 
 def _require_size(image: Tensor, image_size: int) -> None:
     if tuple(image.shape[2:]) != (image_size, image_size):
-        msg = f"Expected images of `image_size` {image_size}, got {tuple(image.shape[2:])} from the loader."
+        msg = (
+            f"Expected images of `image_size` {image_size}, got {tuple(image.shape[2:])} from the loader; bring the "
+            "data to that size."
+        )
         raise ValueError(msg)
 
 

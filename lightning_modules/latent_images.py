@@ -34,7 +34,10 @@ class LatentImages(nn.Module):
     def __init__(self, latent: nn.Module | None, cache: str | None) -> None:
         super().__init__()
         if latent is not None and not isinstance(latent, LatentSpace):
-            msg = f"Expected `latent` to be a LatentSpace, got {type(latent).__name__}."
+            msg = (
+                f"Expected `latent` to be a LatentSpace, got {type(latent).__name__}; give it the autoencoder as its "
+                "`network` or `folder`."
+            )
             raise TypeError(msg)
         if cache is not None and latent is None:
             msg = f"Expected `latent` with `latent_cache`, got None and {cache!r}; pixels need no cache."

@@ -256,7 +256,7 @@ class TDSMDiffusion(BaseModule):
         metric.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Update the loss at fixed noise."""
+        """Update the loss at fixed noise; what `sampled` draws adds to it, so `exact` has another, lower one."""
         self._eval_step(batch, "val")
 
     def on_validation_epoch_end(self) -> None:
