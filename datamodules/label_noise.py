@@ -26,6 +26,7 @@ _SUPERCLASS = (
 )
 _RATE_SPREAD = 0.1
 _CHUNK = 256
+_ROWS = 65536
 
 
 def confused_pairs(pairs: PairsName | Mapping[int, int] | None, num_classes: int) -> dict[int, int]:
@@ -164,13 +165,15 @@ class LabelNoise:
         """
         matrix = self.matrix(num_classes)
         generator = torch.Generator().manual_seed(self.seed)
+        # A row for each class, or for each image: one for each image would be ten gigabytes of ImageNet.
+        rows = torch.arange(len(labels)) if matrix is None else labels
         if matrix is None:
-            probabilities = instance_probabilities(labels, num_classes, images, self.rate, generator)
-        else:
-            probabilities = matrix[labels]
+            matrix = instance_probabilities(labels, num_classes, images, self.rate, generator)
         uniform = torch.rand(len(labels), 1, generator=generator, dtype=torch.float64)
         # The last class takes what rounding leaves of 1.
-        return (probabilities.cumsum(1)[:, :-1] <= uniform).sum(1)
+        ends = matrix.cumsum(1)[:, :-1]
+        parts = zip(torch.split(rows, _ROWS), torch.split(uniform, _ROWS), strict=True)
+        return torch.cat([(ends[own] <= drawn).sum(1) for own, drawn in parts])
 
 
 def instance_probabilities(
