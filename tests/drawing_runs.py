@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from tiny_nets import tiny_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -102,15 +103,7 @@ class Ones(pl.LightningDataModule):
 
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """A silent trainer of one epoch that writes nothing itself."""
-    silent: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 1,
-    }
-    return pl.Trainer(**silent | options, callbacks=list(callbacks))
+    return tiny_trainer(Path(), callbacks=list(callbacks), **options)
 
 
 def fit(folder: Path, module: pl.LightningModule | None = None, request: DrawRequest = REQUEST, **options: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from fake_data import write_classes
+from tiny_nets import tiny_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -309,16 +310,7 @@ class _Recorder(pl.LightningModule):
 
 
 def fit(module: _Recorder, folder: Path, epochs: int, checkpoint: Path | None = None) -> pl.Trainer:
-    trainer = pl.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        devices=1,
-        max_epochs=epochs,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
+    trainer = tiny_trainer(folder, max_epochs=epochs, num_sanity_val_steps=0)
     data = GenerationDataModule(steps_per_epoch=3, val_share=0.1, batch_size=16)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     return trainer
