@@ -146,6 +146,7 @@ class TDSMDiffusion(BaseModule):
         self.compile_backend = compile
         self.draw_batch = draw_batch
         self.num_level_bins = num_level_bins
+        self._is_weighted = False
         # In a list: a compiled network is the same parameters under other names.
         self._compiled: list[nn.Module] = []
         self.losses = nn.ModuleDict({"val_": MeanMetric(), "test_": MeanMetric()})
@@ -172,11 +173,20 @@ class TDSMDiffusion(BaseModule):
         if self.compile_backend is not None and not self._compiled:
             self._compiled = [cast("nn.Module", torch.compile(self.network, backend=self.compile_backend))]
         shape = self.images.image_shape(self._network)
-        data = getattr(self.trainer, "datamodule", None)
-        _require_images(data, *shape)
-        if not self.goes_on:
-            self.weighting.prepare(data, shape, self.process, self.images.space())
+        _require_images(getattr(self.trainer, "datamodule", None), *shape)
+        self._is_weighted = False  # a second fit may have other data
+        self._prepare_weighting()
         self.images.prepare(self.trainer, shape[0])
+
+    def on_validation_start(self) -> None:
+        """Get classifier and transition matrix, if this is a validation of a module that was not fitted."""
+        self._prepare_weighting()
+
+    def _prepare_weighting(self) -> None:
+        if not self.goes_on and not self._is_weighted:
+            data = getattr(self.trainer, "datamodule", None)
+            self.weighting.prepare(data, self.images.image_shape(self._network), self.process, self.images.space())
+            self._is_weighted = True
 
     @property
     def _network(self) -> ConditionalNetwork:

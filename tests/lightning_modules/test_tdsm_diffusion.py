@@ -177,6 +177,7 @@ def test_validation_is_the_same_every_time_and_ignores_fillers(tmp_path: Path) -
     trainer = tiny_trainer(tmp_path)
     losses = [trainer.validate(model, points_loader(8, b), verbose=False)[0]["val_loss"] for b in (4, 4)]
     assert losses[0] == losses[1]
+    assert_close(model.weighting.transition, SymmetricTransition(0.4).matrix(3).float())  # without any fit
     batch = {"image": torch.rand(2, 1, 1, 1), "label": torch.tensor([0, 1]), "index": torch.tensor([-1, -1])}
     model._eval_step(batch, "val")
     assert not cast("Any", model.losses["val_"]).update_called
