@@ -46,8 +46,8 @@ class GenerationDataModule(ClassificationDataModule):
         val_share: Share of the labelled images to validate on, in [0, 1), in proportion to the classes. Without
             meaning for a source with validation images of its own.
         split_seed: Seed of that choice, and of the images that `imbalance` leaves.
-        label_noise: Makes given labels wrong, those of images held out by `val_share` included; never those of test
-            images, and of validation images of the source's own.
+        label_noise: Makes given labels wrong, those of validation images included: what is judged by them has learned
+            from wrong ones. Never those of test images.
         pseudo_labels: Folder of a PseudoLabels artifact whose labels take the place of the source's, for training
             images; a relative folder is below the current directory.
         min_confidence: Leave out images whose pseudo-label is less sure than that, in [0, 1].
@@ -199,7 +199,7 @@ class GenerationDataModule(ClassificationDataModule):
         """
         if self._data is None:
             relabel = None if self.pseudo_labels is None else self._relabelled
-            data = prepare(self.source, self.reading, self.plan, self.label_noise, relabel)
+            data = prepare(self.source, self.reading, self.plan, self.label_noise, relabel, noise_on_val=True)
             given = data.labels.numpy()[data.split.labeled]
             # A class that is never seen would be drawn as noise.
             remedy = "Lower the rate of `label_noise` or choose another seed of it, lower `val_share`, or add images"

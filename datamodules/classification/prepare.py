@@ -120,6 +120,7 @@ def prepare(
     plan: LabelPlan,
     noise: LabelNoise | None,
     relabel: Callable[[Contents, str], Contents] | None = None,
+    noise_on_val: bool = False,
 ) -> Prepared:
     """List, check and decode the images of a source, choose the labelled ones and make labels wrong where asked to.
 
@@ -130,6 +131,8 @@ def prepare(
         noise: Which of those become wrong; None for none.
         relabel: Gives the usable images, identified by their `images_fingerprint`, other labels than the source's;
             None leaves those.
+        noise_on_val: Whether labels of validation images of the source's own become wrong as well, as those of images
+            held out by the plan do anyway.
 
     Returns:
         The data set.
@@ -151,7 +154,8 @@ def prepare(
     given = known if contents.given is None else known & contents.given
     split = split_rows(truth, np.flatnonzero(given & (roles == "train")), contents.roles, names, plan)
     labels = np.full_like(truth, UNKNOWN)
-    own = np.concatenate([split.labeled, split.val[roles[split.val] == "train"]])
+    held_out = split.val if noise_on_val else split.val[roles[split.val] == "train"]
+    own = np.concatenate([split.labeled, held_out])
     for rows in (split.labeled, split.val, split.test):
         labels[rows] = truth[rows]
     if noise is not None:

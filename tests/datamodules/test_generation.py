@@ -242,6 +242,21 @@ def test_labels_are_noisy_in_validation_and_true_in_test() -> None:
     assert data.images_fingerprint == digits().images_fingerprint
 
 
+def test_labels_of_validation_images_of_the_source_are_given_ones_too(tmp_path: Path) -> None:
+    root = write_classes(tmp_path)
+    (root / "test").rename(root / "val")
+
+    def labels(noise: LabelNoise | None) -> tuple[Tensor, Tensor]:
+        data = digits(source=FolderSource(str(root)), image_size=8, label_noise=noise)
+        return column(list(data.sweep_dataloader()), "label"), column(evaluated(data.val_dataloader()), "label")
+
+    # Every label goes to the next class, whatever chance says.
+    shifted = LabelNoise("asymmetric", 1.0, pairs={0: 1, 1: 2, 2: 0})
+    for true, given in zip(labels(None), labels(shifted), strict=True):
+        assert len(true) == 18
+        assert torch.equal(given, (true + 1) % 3)
+
+
 def test_labels_to_test_on_have_a_fingerprint_of_their_own() -> None:
     def found(tested: list[int], noise: LabelNoise | None = None) -> GenerationDataModule:
         images, labels = _COLOUR[..., 0], [0, 1] * 10
