@@ -99,9 +99,10 @@ class RealImages:
             # Batch by batch: features of a million images are too many for the device.
             found.append([part.cpu() for part in parts])
         features, label, probabilities, index = (torch.cat(part) for part in zip(*found, strict=True))
-        order = index.argsort()
-        # Fillers, and images that nobody knows the class of.
-        order = order[(index[order] >= 0) & (label[order] >= 0)]
+        order = index.argsort(stable=True)
+        # Not fillers, not images that nobody knows the class of, and once what several processes have read.
+        again = index[order].diff(prepend=index.new_tensor([-1])) == 0
+        order = order[(index[order] >= 0) & (label[order] >= 0) & ~again]
         return Reference(features[order], label[order], probabilities[order])
 
 

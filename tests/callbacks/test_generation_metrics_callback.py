@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from board import board_trainer, pictures
 from jsonargparse import ArgumentParser
+from safetensors.torch import load_file
 from tiny_nets import tiny_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -286,6 +287,18 @@ def test_data_with_a_folder_keep_the_features_there(tmp_path: Path) -> None:
     trainer.test(Generator(), data, verbose=False)
     assert data.read["test"] == 2 + 2  # the test's own, too
     assert (tmp_path / "other/.fewlight").read_text() == "in the way"
+
+
+def test_an_image_counts_once(tmp_path: Path) -> None:
+    class Twice(Rows):
+        def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+            return DataLoader(Numbered(31, 3000), batch_size=8, sampler=[*range(31), *range(31)])
+
+    assert judged(tmp_path, Twice(), RowMeans())[0] == 62
+    (kept,) = tmp_path.glob("rows_test_*.safetensors")
+    found = load_file(kept)
+    assert torch.equal(found["features"], features(31, 3000))
+    assert found["labels"].tolist() == [i % K for i in range(31)]
 
 
 def test_a_file_that_may_not_be_read_is_as_good_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
