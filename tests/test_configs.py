@@ -324,7 +324,7 @@ _OF_TRAINING = {"p_mean", "p_std", "clean_share"}
 @pytest.mark.parametrize("config", DRAWS, ids=str)
 def test_a_config_that_draws_fits_the_run_whose_checkpoint_it_takes(config: Path) -> None:
     here = _resolved_drawing(config)
-    fits = {path: _resolved(path, None) for path in CONFIGS}
+    fits = {path: _resolved(path, None) for path in CONFIGS if path.parent.name != "ssl"}  # none of those draws
     (there,) = [
         fit for fit in fits.values() if fit["trainer"]["default_root_dir"] == here["trainer"]["default_root_dir"]
     ]
