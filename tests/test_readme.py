@@ -16,14 +16,14 @@ def _blocks(language: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "lines", "metric", "least"), [(0, 25, "test_accuracy", 0.6), (1, 15, "test_jaccard", 0.2)]
+    ("number", "lines", "metric", "least"), [(0, 25, "test_accuracy", 0.6), (2, 15, "test_jaccard", 0.2)]
 )
 def test_a_python_example_is_short_and_works(
     number: int, lines: int, metric: str, least: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     examples = _blocks("python")
-    assert len(examples) == 2
+    assert len(examples) == 3
     written = [line for line in examples[number].splitlines() if line.strip()]
     assert len(written) < lines
     pl.seed_everything(0)
@@ -35,6 +35,19 @@ def test_a_python_example_is_short_and_works(
     trainer = names["trainer"]
     assert isinstance(trainer, pl.Trainer)
     assert trainer.callback_metrics[metric] > least
+
+
+def test_the_example_that_draws_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = re.sub(r"max_epochs=\d+", "max_epochs=1", _blocks("python")[1])
+    pl.seed_everything(0)
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    images = names["images"]
+    assert isinstance(images, torch.Tensor)
+    assert images.shape == (10, 1, 8, 8)
+    assert float(images.min()) >= 0
+    assert float(images.max()) <= 1
 
 
 def test_the_two_set_up_commands_are_what_ci_runs() -> None:
