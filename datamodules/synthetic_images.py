@@ -53,6 +53,20 @@ class SyntheticImages(Generic[RowT]):
     manifest: Mapping[str, Any]
     rows: Sequence[RowT]
 
+    def bytes_of(self, row: RowT) -> bytes:
+        """Read the encoded image of a row.
+
+        Args:
+            row: One of `rows`.
+
+        Returns:
+            A whole PNG file.
+
+        Raises:
+            OSError: It cannot be read any more.
+        """
+        return (self.folder / row.file_name).read_bytes()
+
     def require(
         self, class_names: Sequence[str], fingerprint: str | None = None, from_other_data: bool = False
     ) -> None:

@@ -148,6 +148,9 @@ def test_table_and_manifest(tmp_path: Path) -> None:
     assert manifest["request"]["images_per_class"] == [1, 0, 2]
     assert (manifest["request"]["num_images"], manifest["request"]["guidance"]) == (3, 0.3)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"zebra", "Ünicorn 2"}
+    assert [artifact.bytes_of(row) for row in artifact.rows] == [
+        (tmp_path / r.file_name).read_bytes() for r in artifact.rows
+    ]
     artifact.require(NAMES, "f" * 64)
     with pytest.raises(ValueError, match="zebra, ant"):
         artifact.require(("ant", "zebra", "Ünicorn 2"), "f" * 64)
