@@ -1,11 +1,9 @@
 """Images with the labels they were given, for generators that learn from them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -14,12 +12,12 @@ from datamodules.classification.arrays import DigitsSource
 from datamodules.classification.base import ClassificationDataModule
 from datamodules.classification.contents import UNKNOWN, Contents, ImageSource, Int64Array
 from datamodules.classification.prepare import Reading, check_least, image_side, prepare
+from datamodules.classification.pseudo import labels_from
 from datamodules.classification.splits import LabelPlan, LongTail, require_every_class
 from datamodules.classification.store import PixelStore
 from datamodules.classification.streams import BatchKey, Drawn, Pool, StreamName, StreamSampler, view_seed
 from datamodules.label_noise import LabelNoise
 from datamodules.loading import LateLoader, world
-from datamodules.pseudo_labels import PseudoLabels, read
 from datamodules.views.batch_ops import shift_images
 from datamodules.views.policies import Shift
 
@@ -208,16 +206,14 @@ class GenerationDataModule(ClassificationDataModule):
             self._settle(data, {name: len(rows) for name, rows in parts.items()})
 
     def _relabelled(self, contents: Contents, images: str) -> Contents:
-        found = read(str(self.pseudo_labels))
         train = np.asarray(contents.roles) == "train"
-        rows = _matched(found, contents.keys, train)
-        found.require(self.class_names, images)
-        sure = found.table.confidence[rows] >= self.min_confidence
-        labels = np.where(train, np.where(sure, found.table.labels[rows], UNKNOWN), contents.labels)
+        labels = labels_from(
+            str(self.pseudo_labels), contents.keys, train, self.class_names, images, self.min_confidence
+        )
         remedy = f"`min_confidence` is {self.min_confidence}: lower it, or label the images with a better module"
-        require_every_class(labels[train & sure], self.class_names, remedy)
+        require_every_class(labels[labels != UNKNOWN], self.class_names, remedy)
         # All of them may be used: what the source hides are its own labels.
-        return replace(contents, labels=labels, given=None)
+        return replace(contents, labels=np.where(train, labels, contents.labels), given=None)
 
     # ---------------------------------------------------------------- loaders
 
@@ -264,25 +260,6 @@ class _GivenImages(Dataset[dict[str, Any]]):
                 image = shift_images(image, shift, self.draws.shift)
             batch["image"] = image.float().div_(255)
         return batch
-
-
-def _matched(found: PseudoLabels, keys: Sequence[str], train: npt.NDArray[np.bool_]) -> Int64Array:
-    """Rows of pseudo-labels for images, -1 for those that are not trained on and have none."""
-    rows = found.rows_of(keys)
-    lost = np.flatnonzero(train & (rows < 0))
-    strangers = len(found.table) - int((rows >= 0).sum())
-    if not len(lost) and not strangers:
-        return rows
-    shown = [f"{len(lost)} of {int(train.sum())} training images have none"] if len(lost) else []
-    shown += [f"for example {keys[lost[0]]}"] if len(lost) else []
-    if strangers:
-        shown.append(f"{strangers} of {len(found.table)} are for images that are not there")
-        shown.append(f"for example {found.strangers(keys)[0]}")
-    msg = (
-        f"Expected `pseudo_labels` for every training image of the source and for no others, but of those in "
-        f"{found.folder} {', '.join(shown)}. Label the images anew with the `source` that is trained on here."
-    )
-    raise ValueError(msg)
 
 
 @dataclass(frozen=True)
