@@ -1,14 +1,18 @@
 """What the datamodules of images with a class share: they differ in what a training batch holds."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.classification.contents import ImageSource, Int64Array
+from datamodules.classification.contents import UNKNOWN, ImageSource, Int64Array
 from datamodules.classification.prepare import Prepared, Reading, check_least
 from datamodules.classification.streams import EvalImages
 from datamodules.loading import EvalSampler
@@ -72,6 +76,21 @@ class ClassificationDataModule(pl.LightningDataModule):
     def image_channels(self) -> int:
         """1 for grey images, 3 for colour."""
         return self.source.image_channels
+
+    def truth_of(self, keys: Sequence[str]) -> Int64Array:
+        """Tell the true labels of images, FOR REPORTS ONLY: labels that a source hides from training are among them.
+
+        Args:
+            keys: Names of images, as the source has them.
+
+        Returns:
+            Class ids int64 [N], -1 where the label or the image is not known.
+        """
+        data = self._ready()
+        found = pc.index_in(pa.array(keys, pa.string()), value_set=pa.array(data.keys, pa.string()))
+        rows = np.asarray(found.fill_null(-1), dtype=np.int64)
+        truth: Int64Array = data.truth.numpy()[rows]
+        return np.where(rows < 0, UNKNOWN, truth)
 
     # ---------------------------------------------------------------- reading
 

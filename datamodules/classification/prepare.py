@@ -143,6 +143,7 @@ def prepare(
     """
     store, contents = _decode(source, source.read(), reading)
     images = _images_fingerprint(contents)
+    hidden = contents.labels
     if relabel is not None:
         contents = relabel(contents, images)
     names, truth = source.class_names, contents.labels
@@ -164,7 +165,7 @@ def prepare(
         wrong = noise.apply(torch.from_numpy(truth[own]), len(names), lambda places: store.fetch(own[places]))
         labels[own] = wrong.numpy()
     print_of = _fingerprint(contents, split, labels)
-    return Prepared(store, contents.keys, split, torch.from_numpy(labels), torch.from_numpy(truth), print_of, images)
+    return Prepared(store, contents.keys, split, torch.from_numpy(labels), torch.from_numpy(hidden), print_of, images)
 
 
 def images_of_folder(folder: str, reading: Reading, channels: int) -> EvalImages:
