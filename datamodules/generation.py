@@ -217,6 +217,20 @@ class GenerationDataModule(ClassificationDataModule):
 
     # ---------------------------------------------------------------- loaders
 
+    def label_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return every image to train on once, as ClassificationDataModule does.
+
+        Raises:
+            ValueError: The labels are pseudo-labels: nobody knows here which of them people gave.
+        """
+        if self.pseudo_labels is not None:
+            msg = (
+                f"Expected labels that people gave, to label the other images, but got `pseudo_labels` "
+                f"{self.pseudo_labels}; leave them out."
+            )
+            raise ValueError(msg)
+        return super().label_dataloader()
+
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return training batches, whose order depends on `seed` and the epoch only."""
         data = self._ready()

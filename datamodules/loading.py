@@ -267,20 +267,34 @@ class EvalSampler(_ShardSampler):
             for all ranks would hang otherwise. Nothing waits in prediction, which takes no fillers.
         world_size: Number of processes; None asks torch.distributed.
         rank: This process; None asks torch.distributed.
+        block: Images in a row that go to the same rank. With the size of a batch, any number of ranks makes the
+            batches that one makes: what is computed of an image may depend on the others of its batch, in its last
+            bits.
 
     Raises:
-        ValueError: If `size` is below 1 or `rank` is outside the world.
+        ValueError: If `size` or `block` is below 1, or `rank` is outside the world.
     """
 
-    def __init__(self, size: int, pad: bool = True, world_size: int | None = None, rank: int | None = None) -> None:
+    def __init__(
+        self, size: int, pad: bool = True, world_size: int | None = None, rank: int | None = None, block: int = 1
+    ) -> None:
         """Work out this rank's share."""
         super().__init__(size, world_size, rank)
-        own = len(range(self.rank, size, self.num_replicas))
-        self.num_samples = -(-size // self.num_replicas) if pad else own
-        self._own = own
+        if block < 1:
+            msg = f"Expected argument `block` to be at least 1, but got {block}."
+            raise ValueError(msg)
+        self.block = block
+        self._own = sum(len(part) for part in self._parts(self.rank))
+        # The first rank has the most.
+        self.num_samples = sum(len(part) for part in self._parts(0)) if pad else self._own
+
+    def _parts(self, rank: int) -> Iterator[range]:
+        for start in range(rank * self.block, self.size, self.num_replicas * self.block):
+            yield range(start, min(start + self.block, self.size))
 
     def __iter__(self) -> Iterator[int | SampleKey]:
         """Yield this rank's images, then its fillers."""
-        yield from range(self.rank, self.size, self.num_replicas)
+        for part in self._parts(self.rank):
+            yield from part
         for _ in range(self.num_samples - self._own):
             yield SampleKey(-1, 0)

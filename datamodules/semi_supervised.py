@@ -69,7 +69,9 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         cache_megabytes: Memory for decoded images; if they need more they are decoded on every access.
         on_bad_file: Stop at unusable files, or skip and log each.
         max_bad_share: Share of unusable files above which skipping gives up, in [0, 1].
-        predict_images: Folder of images to predict, nested folders included; None predicts the test images.
+        predict_images: Folder of images to predict, nested folders included; None predicts those of `predict_split`.
+        predict_split: Predict the test images, or all images to train on, labelled or not: PseudoLabelWriter writes
+            what they are taken for.
         eval_batch_size: Images of a batch to evaluate.
         seed: Seed of the order and the augmentations.
 
@@ -107,6 +109,7 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         on_bad_file: Literal["error", "skip"] = "error",
         max_bad_share: float = 0.05,
         predict_images: str | None = None,
+        predict_split: Literal["test", "train"] = "test",
         eval_batch_size: int = 256,
         seed: int = 0,
     ) -> None:
@@ -122,6 +125,13 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         self.steps_per_epoch = steps_per_epoch
         self.label_noise = label_noise
         self.predict_images = predict_images
+        self.predict_split = predict_split
+        if predict_split not in ("test", "train"):
+            msg = f'Expected argument `predict_split` to be "test" or "train", but got {predict_split!r}.'
+            raise ValueError(msg)
+        if predict_split == "train" and predict_images is not None:
+            msg = f'Expected only one of `predict_images` and `predict_split` "train", but got both, {predict_images}.'
+            raise ValueError(msg)
         for name in ("batch_size", "unlabeled_ratio", "steps_per_epoch"):
             check_least(name, getattr(self, name), 1)
         if augment not in ("batch", "workers"):
@@ -292,11 +302,13 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         return made
 
     def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the images of `predict_images`, or those to test on.
+        """Return the images of `predict_images`, or those of `predict_split`.
 
         Raises:
             ValueError: If there are neither.
         """
         if self.predict_images is not None:
             self.setup("predict")
+        if self.predict_split == "train":
+            return self.label_dataloader()
         return self._eval_loader(self._tested() if self._predict is None else self._predict, pad=False)

@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader
 
 from datamodules.classification.contents import UNKNOWN, ImageSource, Int64Array
 from datamodules.classification.prepare import Prepared, Reading, check_least
+from datamodules.classification.pseudo import ImagesToLabel
 from datamodules.classification.streams import EvalImages
 from datamodules.loading import EvalSampler
+from datamodules.pseudo_labels import SPLITS
 
 T = TypeVar("T")
 
@@ -152,8 +154,34 @@ class ClassificationDataModule(pl.LightningDataModule):
             raise ValueError(msg)
         return self._images(rows)
 
-    def _eval_loader(self, images: EvalImages, pad: bool = True) -> DataLoader[dict[str, Tensor]]:
-        sampler = EvalSampler(len(images), pad)
+    def label_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return every image to train on once, as it is and in the order of the data, for who gives them labels.
+
+        Batches have "image", "label" and "index". "label" is the given label of labelled images, those held out to
+        validate on included, and -1 of all others: labels that the source hides are not in it. Whole batches are shared
+        among ranks, without fillers, so that any number of ranks sees the same batches.
+
+        The images are those that GenerationDataModule trains on with `pseudo_labels`: all that the source has to train
+        on, but for those that `imbalance` takes out of the data.
+
+        Returns:
+            The loader; its `dataset` is an ImagesToLabel, which names the images and tells what they are to the fit.
+        """
+        return self._eval_loader(self._to_label(), pad=False, block=self.eval_batch_size)
+
+    def _to_label(self) -> ImagesToLabel:
+        data = self._ready()
+        splits = np.full(len(data.keys), UNKNOWN, dtype=np.int64)
+        # Labelled images may be unlabelled ones, too.
+        for name in ("unlabeled", "labeled", "val"):
+            splits[getattr(data.split, name)] = SPLITS.index(name)
+        train = np.asarray(data.roles) == "train"
+        rows = np.flatnonzero(train & (splits != UNKNOWN))
+        keys = [data.keys[row] for row in rows.tolist()]
+        return ImagesToLabel(data.store, rows, self._given(rows), keys, splits[rows], int(train.sum()) - len(rows))
+
+    def _eval_loader(self, images: EvalImages, pad: bool = True, block: int = 1) -> DataLoader[dict[str, Tensor]]:
+        sampler = EvalSampler(len(images), pad, block=block)
         # A batch comes as one from `__getitems__`; there is nothing to put together.
         # By name: Lightning makes loaders to predict with anew, and gives the size of batches by its name, too.
         size = self.eval_batch_size

@@ -1,12 +1,42 @@
-"""Pseudo-labels in place of the labels of a source."""
+"""Images that a module gives pseudo-labels to, and pseudo-labels in place of the labels of a source."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from datamodules.classification.contents import UNKNOWN, Int64Array
+from datamodules.classification.store import PixelStore
+from datamodules.classification.streams import EvalImages
 from datamodules.pseudo_labels import PseudoLabels, read
+
+
+class ImagesToLabel(EvalImages):
+    """Images to train on, for who gives them labels.
+
+    Args:
+        store: Where the images are.
+        rows: Rows of this dataset, in its order.
+        labels: Class ids that people gave, -1 for none.
+        keys: Names of the images.
+        splits: What each is to the fit, places in `pseudo_labels.SPLITS`.
+        left_out: How many more images the source has to train on, which are no part of the data.
+    """
+
+    def __init__(
+        self,
+        store: PixelStore,
+        rows: Int64Array,
+        labels: Tensor,
+        keys: Sequence[str],
+        splits: Int64Array,
+        left_out: int = 0,
+    ) -> None:
+        """Remember which rows are whose."""
+        super().__init__(store, rows, labels, keys)
+        self.splits = splits
+        self.left_out = left_out
 
 
 def labels_from(
