@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,14 +16,15 @@ def overlays_last(args: list[str]) -> list[str]:
     A config that names another one as its `base` (relative to itself) is merged after that one. Each overlay becomes a
     `--config` that is merged last, and is also remembered under `overlay`, whence the stages get it. Flags win over
     all files, wherever they stand. `vars` are merged name by name over the files; jsonargparse would replace them as
-    a whole.
+    a whole. Those given as flags are also remembered under `stage_vars`, for the stages that have a variable of the
+    name.
 
     Args:
         args: A sub-command and what follows it.
 
     Raises:
-        SystemExit: An overlay does not exist, a file is not a mapping in YAML, or a flag sets a variable that no file
-            names; with code 2.
+        SystemExit: An overlay does not exist, a file is not a mapping in YAML, or a flag sets a variable that neither
+            a file nor a stage names; with code 2.
     """
     configs: list[str] = []
     overlays: list[str] = []
@@ -44,8 +46,58 @@ def overlays_last(args: list[str]) -> list[str]:
     files = [word for file in (*configs, *overlays) for word in ("--config", file)]
     remembered = [f"--overlay+={Path(overlay).resolve()}" for overlay in overlays]
     values = _merged_vars([*configs, *overlays])
-    _require_known(flags, values)
+    given = _given_vars(flags)
+    known = known_variables([*configs, *overlays])
+    for name in given:
+        if name not in known:
+            refuse(f"expected `--vars.NAME` with a NAME of the configs ({', '.join(sorted(known))}), got {name}")
+    if given:
+        remembered.append(f"--stage_vars={json.dumps(given)}")
     return [args[0], *files, *([f"--vars={json.dumps(values)}"] if values else []), *remembered, *flags]
+
+
+def known_variables(files: Sequence[str], above: tuple[str, ...] = ()) -> set[str]:
+    """Names of the `vars` of configs and of the stages that they list.
+
+    Args:
+        files: The configs; without those that are not there, which jsonargparse tells of.
+        above: Files whose stages these are.
+    """
+    names = set(_merged_vars([file for config in files for file in _with_bases(config)]))
+    for config in files:
+        own = str(Path(config).resolve())
+        stages = _mapping_in(config).get("stages") if Path(config).is_file() and own not in above else None
+        inner = [str(Path(config).parent / str(stage)) for stage in stages] if isinstance(stages, list) else []
+        names |= known_variables(inner, (*above, own)) if inner else set()
+    return names
+
+
+def variable_flags(values: Mapping[str, Any]) -> list[str]:
+    """Write variables as words of a command line.
+
+    Args:
+        values: Their names and values, as YAML has them.
+    """
+    return [f"--vars.{name}={value if _is_plain(value) else json.dumps(value)}" for name, value in values.items()]
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is text that YAML reads as the same text."""
+    return isinstance(value, str) and get_loader("yaml")(value) == value
+
+
+def _given_vars(flags: Sequence[str]) -> dict[str, Any]:
+    """Variables that a command line sets one by one."""
+    given: dict[str, Any] = {}
+    for place, flag in enumerate(flags):
+        if flag.startswith("--vars."):
+            name, equals, value = flag.removeprefix("--vars.").partition("=")
+            text = value if equals else "".join(flags[place + 1 : place + 2])
+            try:
+                given[name] = get_loader("yaml")(text)
+            except yaml.YAMLError:
+                given[name] = text
+    return given
 
 
 def _with_bases(config: str, above: tuple[str, ...] = ()) -> list[str]:
@@ -68,14 +120,6 @@ def refuse(problem: str) -> NoReturn:
     """Say what is wrong with a command line and leave with code 2, as argparse does."""
     print(f"error: {problem}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _require_known(flags: list[str], values: dict[str, Any]) -> None:
-    for flag in flags:
-        if flag.startswith("--vars."):
-            name = flag.removeprefix("--vars.").partition("=")[0]
-            if name not in values:
-                refuse(f"expected `--vars.NAME` with a NAME of the configs ({', '.join(values)}), got {name}")
 
 
 def _merged_vars(files: list[str]) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from jsonargparse.typing import Path_fr
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
@@ -25,13 +24,14 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from lightning_modules import stages
 from lightning_modules.checkpoints import file_sha256, load_checkpoint
 from lightning_modules.command_line import overlays_last, refuse
-from lightning_modules.run_config import config_hash, differences, input_files, settings
+from lightning_modules.pipeline import Pipeline, add_arguments, resolved_settings, round_flags
+from lightning_modules.run_config import config_hash, differences, input_files
 from lightning_modules.run_files import LastCheckpoint, RunRecord, artifact_files, ran_out_of_time, with_own_plugins
 
 # Importing these makes their classes known by short name: `class_path: HybridSegmentation`.
 _PACKAGES = ("lightning_modules", "datamodules", "callbacks")
 # Arguments of modules, and of their parts, that are checkpoints.
-_STARTS_FROM = {"init_from", "teacher_from", "classifier_from"}
+_STARTS_FROM = {"init_from", "teacher_from", "classifier_from", "encoder_from"}
 
 
 @runtime_checkable
@@ -65,7 +65,7 @@ def run(args: list[str]) -> "FewlightCLI":
     if args[0] not in FewlightCLI.subcommands():
         refuse(f"expected a sub-command first ({', '.join(FewlightCLI.subcommands())}, export), got {args[0]}")
     try:
-        return FewlightCLI(overlays_last(args))
+        return FewlightCLI(args)
     except SIGTERMException:  # a SystemExit without a code: a scheduler would take it for success
         raise SystemExit(128 + signal.SIGTERM) from None
 
@@ -84,6 +84,7 @@ class FewlightCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        self._words = args
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -94,7 +95,7 @@ class FewlightCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={"parser_mode": "omegaconf+", "version": f"fewlight {version('fewlight')}"},
-            args=args,
+            args=overlays_last(args),
         )
 
     @staticmethod
@@ -113,15 +114,7 @@ class FewlightCLI(LightningCLI):
         parser.add_argument("--runs", type=str, default="runs", help="Folder for ${runs} in the configs.")
         parser.add_argument("--base", type=str | None, default=None, help="In a file: the YAML it is merged after.")
         parser.add_argument("--vars", type=dict[str, Any], default={}, help="Values for ${vars.name}; merged by name.")
-        parser.add_argument(
-            "--stages", type=list[Path_fr] | None, default=None, help="Fit configs to run first, in order."
-        )
-        parser.add_argument(
-            "--overlay",
-            type=list[Path_fr] | None,
-            default=None,
-            help="YAML merged last, here and in the stages; repeatable. In a file it only reaches the stages.",
-        )
+        add_arguments(parser)
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Test the network a fit ends with.")
         parser.add_argument(
             "--report",
@@ -143,7 +136,11 @@ class FewlightCLI(LightningCLI):
             package = import_module(name)
             for attribute in package.__all__:
                 getattr(package, attribute)
-        self.config = parser.parse_args(args if isinstance(args, list) else None)
+        words = args if isinstance(args, list) else []
+        self.config = parser.parse_args(words)
+        rounds = self.config[self.config.subcommand].rounds
+        if rounds > 1:  # the run that is asked for is the last one
+            self.config = parser.parse_args([*words, *round_flags(rounds)])
 
     def _parse_ckpt_path(self) -> None:
         """Leave the model as configured: LightningCLI would let a checkpoint's hyper-parameters override the YAML."""
@@ -162,11 +159,13 @@ class FewlightCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Resolve the earlier stages and find out where to go on from."""
         config = self.config[self.subcommand]
-        self._run_dirs = {self.run_dir} if self.subcommand == "fit" else set()
-        self.stages = [self._stage(path, config, ()) for path in config.stages or ()]
+        pipeline = Pipeline(self.parser, self.run_dir if self.subcommand == "fit" else None)
+        self.stages = pipeline.stages(config, self._words)
+        self._run_dirs = pipeline.run_dirs
         # Absolute, so that the saved config.yaml can be run from anywhere.
         config.stages = config.stages and [Path_fr(path.absolute) for path in config.stages]
-        self.settings = self._settings(self.config)
+        config.rounds = 1  # what is saved is one round, written out
+        self.settings = resolved_settings(self.parser, self.config)
         earlier = [stage.config_hash for stage in self.stages]
         self.config_hash = config_hash(self.settings, earlier)
         # Goes into every checkpoint.
@@ -185,28 +184,6 @@ class FewlightCLI(LightningCLI):
             "config_filename": "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml",
             "overwrite": True,
         }
-
-    def _stage(self, path: Path_fr, parent: Namespace, above: tuple[str, ...]) -> stages.Stage:
-        """Resolve a stage's configuration as its own process will; a pipeline writes below one `runs`."""
-        file = str(path.absolute)
-        if file in above:
-            refuse(f"expected `stages` without a circle, but {file} comes before itself")
-        arguments = ["--config", file, "--runs", parent.runs]
-        for overlay in parent.overlay or ():
-            arguments += ["--overlay", str(overlay.absolute)]
-        whole = self.parser.parse_args(overlays_last(["fit", *arguments]))
-        config = whole.fit
-        earlier = [self._stage(inner, config, (*above, file)) for inner in config.stages or ()]
-        run_dir = Path(config.trainer.default_root_dir).expanduser()
-        if run_dir in self._run_dirs:
-            refuse(f"expected a `trainer.default_root_dir` of its own for every stage, got {run_dir} twice ({path})")
-        self._run_dirs.add(run_dir)
-        own_hash = config_hash(self._settings(whole), [stage.config_hash for stage in earlier])
-        return stages.Stage(Path(str(path)), run_dir, own_hash, tuple(arguments))
-
-    def _settings(self, whole: Namespace) -> dict[str, Any]:
-        dumped = yaml.safe_load(self.parser.dump(whole, skip_link_targets=True, skip_unset=False, skip_validation=True))
-        return settings(dumped[whole.subcommand])
 
     def _checkpoint_to_load(self, asked: str | None) -> str | None:
         """Turn `last` into a path, and refuse what is not a checkpoint before anything is built."""

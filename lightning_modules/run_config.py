@@ -10,9 +10,10 @@ from typing import Any
 from lightning_modules.checkpoints import file_sha256, identifying_file
 
 # What does not change a run's result is left out of its hash: where it writes, what it shows, how fast it reads.
-# `vars` and `runs` have done their work once the configuration is resolved; stages go in by their own hashes.
+# `vars`, `runs` and `round` have done their work once the configuration is resolved; stages go in by their own hashes.
 _NOT_HASHED = {
-    "": {"base", "config", "ckpt_path", "overlay", "stages", "report", "vars", "runs", "checkpoint"},
+    "": {"base", "config", "ckpt_path", "overlay", "stages", "report", "vars", "runs", "checkpoint"}
+    | {"stage_vars", "rounds", "round", "previous_round"},
     "trainer": {
         "default_root_dir",
         "enable_checkpointing",

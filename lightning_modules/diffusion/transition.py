@@ -266,7 +266,8 @@ class ConfusionTransition(TransitionMatrix):
     equal entries, the rows of two such classes would be equal, and the matrix singular.
 
     Args:
-        counts: n, K rows (clean) of K numbers (given labels), or a file of it, see FileTransition.
+        counts: n, K rows (clean) of K numbers (given labels), or a file of it, see FileTransition; of the manifest.json
+            of pseudo-labels it is the `confusion`.
         prior: Images that every row counts as seen before, spread over all labels; not negative.
         diagonal_prior: Images that every row counts as seen before with the right label; not negative.
 
@@ -334,9 +335,23 @@ def _read_table(path: str) -> Tensor:
     return _table(rows, str(file))
 
 
+def _rows_in(content: object) -> object:
+    """The table of a JSON file, or what the manifest of pseudo-labels knows of how wrong they are.
+
+    Raises:
+        ValueError: The manifest knows nothing of it.
+    """
+    if not isinstance(content, dict):
+        return content
+    if content.get("confusion") is None:
+        msg = "it has no `confusion`, as the module that labelled the images tells none"
+        raise ValueError(msg)
+    return content["confusion"]
+
+
 _READERS: dict[str, Callable[[Path], object]] = {
     ".csv": partial(np.loadtxt, delimiter=",", ndmin=2),
-    ".json": lambda file: json.loads(file.read_text(encoding="utf-8")),
+    ".json": lambda file: _rows_in(json.loads(file.read_text(encoding="utf-8"))),
     ".npy": partial(np.load, allow_pickle=False),
 }
 

@@ -272,6 +272,7 @@ def test_overlays_come_after_all_configs_and_flags_after_both(tmp_path: Path) ->
         *("fit", "--config", "a.yaml", "--config", "o.yaml"),
         '--vars={"x": 1, "y": 3}',
         f"--overlay+={tmp_path / 'o.yaml'}",
+        '--stage_vars={"x": 9}',
         *("--trainer.max_steps", "5", "--vars.x", "9"),
     ]
 

@@ -152,6 +152,11 @@ def test_counts_and_their_prior(tmp_path: Path) -> None:
     torch.testing.assert_close(many, true, atol=1e-8, rtol=0)
     (tmp_path / "n.json").write_text(json.dumps(counts))
     assert torch.equal(ConfusionTransition(str(tmp_path / "n.json"), 0.6, 2.0).matrix(3), found)
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "pseudo_labels", "confusion": counts}))
+    assert torch.equal(ConfusionTransition(str(tmp_path / "manifest.json"), 0.6, 2.0).matrix(3), found)
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "pseudo_labels", "confusion": None}))
+    with pytest.raises(ValueError, match="has no `confusion`"):
+        ConfusionTransition(str(tmp_path / "manifest.json")).matrix(3)
     with pytest.raises(ValueError, match=r"got none of \[1\]; use a positive `prior`"):
         ConfusionTransition(counts, prior=0.0, diagonal_prior=0.0).matrix(3)
     with pytest.raises(ValueError, match="`counts` of 4 x 4 images"):
