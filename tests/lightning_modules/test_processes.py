@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -127,3 +128,62 @@ def test_under_torchrun_missing_stages_are_an_error_and_done_ones_are_not_run_ag
     assert "Run them first, or pass --stages null" in refused.stderr
     assert "lightning fit --config" in refused.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def _torchrun(*words: str | Path, cwd: Path) -> list[subprocess.Popen[str]]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lightning_modules"]
+    return [_started([*launcher, *map(str, words)], cwd)]
+
+
+def _srun(*words: str | Path, cwd: Path) -> list[subprocess.Popen[str]]:
+    """What `srun --ntasks 2` starts on one node, each process with its own variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NUM_NODES": "1", "MASTER_PORT": port}
+    return [
+        _started(
+            ["-m", "lightning_modules", *map(str, words)],
+            cwd,
+            **job,
+            SLURM_PROCID=str(rank),
+            SLURM_LOCALID=str(rank),
+        )
+        for rank in (0, 1)
+    ]
+
+
+def _started(words: list[str], cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=cwd,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_what_torchrun_and_slurm_start_ends_like_what_lightning_starts(tmp_path: Path) -> None:
+    # Seven test images do not divide by two.
+    config = _pipeline(tmp_path, 1, data__init_args__num_labels=17)
+    command = ("fit", "--config", config, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    fitted = lightning(*command, cwd=tmp_path)  # its stage is done then, which the others need
+    assert fitted.returncode == 0, fitted.stderr
+    weights, metrics = _weights(tmp_path, "target"), (tmp_path / "runs/target/metrics.json").read_text()
+    for number, launch in enumerate((_torchrun, _srun), 1):
+        processes = launch(*command, cwd=tmp_path)
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes), outputs
+        assert "source.yaml: skipped, finished in runs/source" in outputs[0]
+        assert "source.yaml: started" not in "".join(outputs)
+        # The run that was there went aside once, not once a process.
+        assert sorted(path.name for path in (tmp_path / "runs/target/previous").iterdir()) == [
+            str(n) for n in range(1, number + 1)
+        ]
+        found = _weights(tmp_path, "target")
+        assert [name for name, value in weights.items() if not torch.equal(value, found[name])] == []
+        assert (tmp_path / "runs/target/metrics.json").read_text() == metrics
+        assert json.loads((tmp_path / "runs/target/manifest.json").read_text())["counts"]["test"] == 7
