@@ -1,5 +1,6 @@
 """Contact sheets of drawn images."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,11 +41,11 @@ def pair_sheet(folder: Path) -> Pixels:
     """
     artifact = read(folder)
     first = artifact.rows[:_SHOWN]
-    masks = [_values(folder / row.mask_file_name)[0] for row in first]
+    masks = [_values((folder / row.mask_file_name).read_bytes())[0] for row in first]
     classes = artifact.manifest.get("num_classes") or max(2, *(int(mask.max()) + 1 for mask in masks))
     cells = []
     for row, mask in zip(first, masks, strict=True):
-        plain, scale = to_pixels(_values(folder / row.file_name) / 255, _LEAST)
+        plain, scale = to_pixels(_values(artifact.bytes_of(row)) / 255, _LEAST)
         labels = enlarge(mask, scale)
         outlined = draw_contours(tint(plain, labels, classes), labels, PREDICTION, 2 if classes == 2 else 1)
         cells += [plain, captioned(outlined, f"confidence {row.confidence:.3f}")]
@@ -64,11 +65,12 @@ def class_sheet(folder: Path) -> Pixels:
         [height, width, 3].
     """
     found: dict[int, list[ClassRow]] = {}
-    for row in read(folder, "classes").rows:
+    artifact = read(folder, "classes")
+    for row in artifact.rows:
         found.setdefault(row.label, []).append(row)
     chosen = [found[label][:_IMAGES_A_CLASS] for label in shown_classes(sorted(found))]
     return class_rows(
-        [(rows[0].class_name, [_values(folder / row.file_name) / 255 for row in rows]) for rows in chosen]
+        [(rows[0].class_name, [_values(artifact.bytes_of(row)) / 255 for row in rows]) for rows in chosen]
     )
 
 
@@ -94,8 +96,8 @@ def shown_classes(labels: Sequence[int]) -> list[int]:
     return [labels[i * len(labels) // shown] for i in range(shown)]
 
 
-def _values(path: Path) -> Tensor:
+def _values(encoded: bytes) -> Tensor:
     """[C, H, W] int64 of a picture."""
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(encoded)) as image:
         values = np.atleast_3d(np.asarray(image))
     return torch.from_numpy(values.astype(np.int64)).movedim(-1, 0)

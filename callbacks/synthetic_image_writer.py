@@ -14,7 +14,10 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from callbacks import sampling
 from callbacks.drawn_sheet import class_sheet, pair_sheet
 from callbacks.picture import image_sink, lacks_method
-from datamodules.synthetic_images import Drawing, DrawRequest, Origin, weights_sha256
+from datamodules.synthetic_images import SHARDS_ABOVE, Drawing, DrawRequest, Origin, weights_sha256
+
+# What is known of a training: from the data, or from its checkpoint.
+_KNOWN = ("class_names", "fingerprint", "images_fingerprint", "config_hash")
 
 
 @runtime_checkable
@@ -43,16 +46,28 @@ class SyntheticImageWriter(BasePredictionWriter):
     Args:
         output_dir: Folder of the artifact; a relative one is below the current directory. Made if missing.
         request: What to draw when a fit ends; None draws in `predict` only.
+        shards_above: Number of images of classes above which they are not written as a file each, which torchvision's
+            ImageFolder reads, but as tar files of WebDataset, one for each block of the request; 0 always does so,
+            None never. The images are the same, and a folder that was begun goes on as it was begun.
 
     Attributes:
         artifacts: Folders that this run has finished, for the manifest of the run.
+
+    Raises:
+        ValueError: `shards_above` is negative.
     """
 
-    def __init__(self, output_dir: str, request: DrawRequest | None = None) -> None:
+    def __init__(
+        self, output_dir: str, request: DrawRequest | None = None, shards_above: int | None = SHARDS_ABOVE
+    ) -> None:
         """Nothing is made or written before something is drawn."""
         super().__init__(write_interval="batch")
         self.output_dir = Path(output_dir).expanduser()
         self.request = request
+        if shards_above is not None and shards_above < 0:
+            msg = f"Expected argument `shards_above` to be at least 0, or left empty (null), but got {shards_above}."
+            raise ValueError(msg)
+        self.shards_above = shards_above
         self.artifacts: list[str] = []
         self._trained: dict[str, Any] = {}
         self._asked: Drawing | None = None
@@ -125,7 +140,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             why = "a dry run" if _is_dry(trainer) else "max_time is over: go on with the fit first"
             rank_zero_info(f"{self._name}: nothing is drawn ({why}).")
             return
-        drawing = Drawing(self.output_dir, self.request)
+        drawing = Drawing(self.output_dir, self.request, self.shards_above)
         origin = self._origin_of(trainer, pl_module, self.request, weights_sha256(pl_module))
         self._left = _count(drawing, drawing.missing())
         self._begin(drawing, origin)
@@ -155,7 +170,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         data = getattr(trainer, "datamodule", None)
         if stage != "predict" or _is_dry(trainer) or not isinstance(data, AsksForImages):
             return
-        self._asked = Drawing(self.output_dir, data.request)
+        self._asked = Drawing(self.output_dir, data.request, self.shards_above)
         self._asked.require({"request": data.request.description()})
         missing = self._asked.missing()
         self._left = _count(self._asked, missing)
@@ -169,9 +184,10 @@ class SyntheticImageWriter(BasePredictionWriter):
         Args:
             trainer: The trainer.
             pl_module: The module.
-            checkpoint: The whole checkpoint; `lightning fit` has written `fingerprint` and `config_hash` into it.
+            checkpoint: The whole checkpoint; `lightning fit` has written `fingerprint`, `images_fingerprint` and
+                `config_hash` into it.
         """
-        self._trained = {name: checkpoint.get(name) or None for name in ("class_names", "fingerprint", "config_hash")}
+        self._trained = {name: checkpoint.get(name) or None for name in _KNOWN}
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write down what the images are drawn from, before the first.
@@ -259,6 +275,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         return {
             "class_names": getattr(data, "class_names", None) or None,
             "fingerprint": getattr(data, "fingerprint", None) or None,
+            "images_fingerprint": getattr(data, "images_fingerprint", None) or None,
             "config_hash": hashes[0] if hashes else None,
         }
 
@@ -269,9 +286,13 @@ class SyntheticImageWriter(BasePredictionWriter):
         known = self._known_to_data(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             known = self._trained | {"class_names": known["class_names"] or self._trained.get("class_names")}
+        # Images of classes are trained on with other labels than those that their generator had: pseudo-labels.
+        images = known.get("images_fingerprint") if request.has_classes else None
+        fingerprint = images or known.get("fingerprint")
         meaning: dict[str, Any] = getattr(pl_module, "meaning", dict)()
         drawn_with = {"precision": str(trainer.precision), **meaning}
-        return Origin(request, weights, self._num_classes(trainer), **known, drawn_with=drawn_with)
+        names, hash_ = known.get("class_names"), known.get("config_hash")
+        return Origin(request, weights, self._num_classes(trainer), names, fingerprint, hash_, drawn_with)
 
     def _predicted_origin(self, drawing: Drawing, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Origin:
         """What the images of this prediction are drawn from; the weights are hashed once."""

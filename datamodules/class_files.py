@@ -2,6 +2,8 @@
 
 <class name>/000000007.png    RGB, or 8-bit grey where the module draws one channel
 metadata.parquet              file_name, label, class_name, seed, guidance
+
+Of very many images see `class_shards`.
 """
 
 import unicodedata
@@ -13,10 +15,10 @@ import pyarrow as pa
 
 from datamodules.artifact_files import listed
 from datamodules.draw_request import DrawRequest
-from datamodules.drawn_files import Pixels, require_finite, require_tensors, to_bytes
+from datamodules.drawn_files import Pixels, require_finite, require_tensors, to_bytes, write_pictures
 
 # Names that an artifact needs itself, or would have with masks.
-_RESERVED = frozenset({"images", "masks", "parts", "metadata.parquet", "manifest.json", "drawing.json"})
+_RESERVED = frozenset({"images", "masks", "parts", "shards", "metadata.parquet", "manifest.json", "drawing.json"})
 _LONGEST = 255
 
 
@@ -24,11 +26,14 @@ class ClassRow(NamedTuple):
     """One drawn image of a class.
 
     Attributes:
-        file_name: Image, relative to the folder.
+        file_name: Image, relative to the folder; of an image in a shard, its name there.
         label: Number of its class, from 0, as the module has it; sorted folders may count otherwise.
         class_name: Name of its class.
         seed: What it was drawn from.
         guidance: Weight of the guidance it was drawn with.
+        shard: File that it is in, relative to the folder; None for a file of its own.
+        offset: Where its bytes begin in the shard.
+        size: How many they are.
     """
 
     file_name: str
@@ -36,11 +41,14 @@ class ClassRow(NamedTuple):
     class_name: str
     seed: int
     guidance: float
+    shard: str | None = None
+    offset: int = 0
+    size: int = 0
 
     @property
     def files(self) -> tuple[str, ...]:
         """Its only file."""
-        return (self.file_name,)
+        return (self.shard or self.file_name,)
 
 
 class ClassFiles:
@@ -89,9 +97,9 @@ class ClassFiles:
         """List the folders that are there already: any of them would pass for a class."""
         return sorted(path.name for path in folder.glob("*") if path.is_dir())
 
-    def names(self, seed: int) -> tuple[str, ...]:
-        """Name the image of a seed."""
-        return (f"{self.class_names[self.request.label(seed)]}/{seed:09d}.png",)
+    def files(self, block: int) -> list[str]:
+        """Name the images of a block."""
+        return [self.row(seed).file_name for seed in self.request.seeds(block)]
 
     def check(self, drawn: object, seeds: Sequence[int], num_classes: int | None) -> Pixels:
         """Check what a module drew, and turn it into what is written.
@@ -125,20 +133,41 @@ class ClassFiles:
         pixels = to_bytes(image)
         return Pixels(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
-    def rows(self, seeds: Sequence[int], part: Mapping[str, Any]) -> Iterator[ClassRow]:
+    def write(self, folder: Path, block: int, pixels: Pixels) -> dict[str, Any]:
+        """Write the images of a block.
+
+        Args:
+            folder: Where they belong.
+            block: Number of the block.
+            pixels: What they are.
+
+        Returns:
+            Nothing: the request says it all.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        write_pictures(folder, self.files(block), pixels)
+        return {}
+
+    def rows(self, block: int, part: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         """Return the rows of a block.
 
         Args:
-            seeds: Its seeds.
-            part: Not used: the request says it all.
+            block: Its number.
+            part: Not used.
 
         Yields:
-            A row each.
+            The columns of the table for each image.
         """
-        for seed in seeds:
-            label = self.request.label(seed)
-            (name,) = self.names(seed)
-            yield ClassRow(name, label, self.class_names[label], seed, self.request.guidance)
+        for seed in self.request.seeds(block):
+            yield self.row(seed)[: len(self.schema)]
+
+    def row(self, seed: int) -> ClassRow:
+        """Return the row of a seed."""
+        label = self.request.label(seed)
+        name = self.class_names[label]
+        return ClassRow(f"{name}/{seed:09d}.png", label, name, seed, self.request.guidance)
 
 
 def _require_folder_names(names: Sequence[str]) -> None:

@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from datamodules.artifact_files import MANIFEST, read_json
 from datamodules.atomic import write_atomically, write_json_atomically
 from datamodules.class_files import ClassFiles
+from datamodules.class_shards import ClassShards
 from datamodules.draw_request import DrawRequest
-from datamodules.drawn_files import Layout, Pixels, png_bytes, table_bytes
+from datamodules.drawn_files import Layout, Pixels, table_bytes
 from datamodules.pair_files import PairFiles
 
 KIND = "synthetic_images"
 DRAWING = "drawing.json"
 TABLE = "metadata.parquet"
+# More images of classes than this are written as shards: by now a file each is slow to make, to copy and to delete.
+SHARDS_ABOVE = 50_000
 _PARTS = "parts"
 # What a kill inside `write_atomically` may leave.
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
@@ -41,7 +44,8 @@ class Origin:
         weights: `weights_sha256` of the module that draws.
         num_classes: Its classes; None where nobody knows.
         class_names: Their names, likewise.
-        fingerprint: Identifies the data that the module was trained on, and their split.
+        fingerprint: Identifies the data that the module was trained on: for pairs with their split, for images of
+            classes whatever labels they had (`images_fingerprint` of a datamodule).
         config_hash: Identifies the configuration that trained it.
         drawn_with: What else decides the images: precision, noise process, ..., as JSON has it.
     """
@@ -95,12 +99,15 @@ class Drawing:
     Args:
         folder: The folder; a relative one is below the current directory. Made if missing.
         request: Which images belong into it.
+        shards_above: Number of images of classes above which they are written as tar shards, see `class_shards`; None
+            writes a file each. A folder that was begun goes on as it was begun. Pairs are always files.
     """
 
-    def __init__(self, folder: str | Path, request: DrawRequest) -> None:
+    def __init__(self, folder: str | Path, request: DrawRequest, shards_above: int | None = SHARDS_ABOVE) -> None:
         """Nothing is read or written yet."""
         self.folder = Path(folder).expanduser()
         self.request = request
+        self.shards_above = shards_above
 
     @property
     def is_finished(self) -> bool:
@@ -172,7 +179,9 @@ class Drawing:
         """
         self.require(origin.identity())
         if self.header() is None:
-            head = {"kind": KIND, "fewlight": version("fewlight"), "config_hash": origin.config_hash}
+            head: dict[str, Any] = {"kind": KIND, "fewlight": version("fewlight"), "config_hash": origin.config_hash}
+            if self.request.has_classes and self.shards_above is not None and self.request.total > self.shards_above:
+                head["shards"] = self.request.num_blocks
             write_json_atomically(self.folder / DRAWING, head | origin.identity())
 
     def write(self, block: int, drawn: object, num_classes: int | None = None) -> None:
@@ -189,12 +198,8 @@ class Drawing:
             ValueError: These are not the images of the block, or hold values that cannot be written.
             OSError: A file could not be written.
         """
-        pixels, layout = self.check(block, drawn, num_classes), self._layout()
-        pictures = (pixels.images,) if pixels.masks is None else (pixels.images, pixels.masks)
-        for seed, *own in zip(self.request.seeds(block), *pictures, strict=True):
-            for name, picture in zip(layout.names(seed), own, strict=True):
-                write_atomically(self.folder / name, png_bytes(picture))
-        write_json_atomically(self._part(block), {"confidence": pixels.confidence})
+        pixels = self.check(block, drawn, num_classes)
+        write_json_atomically(self._part(block), self._layout().write(self.folder, block, pixels))
 
     def check(self, block: int, drawn: object, num_classes: int | None = None) -> Pixels:
         """Refuse what cannot be written, as `write` would; returns what it would write."""
@@ -238,16 +243,16 @@ class Drawing:
         return self.folder / _PARTS / f"{block:06d}.json"
 
     def _layout(self) -> Layout:
-        """Where files belong: their folders have the names that were there when the drawing began."""
-        return layout_of(self.request, (self.header() or {}).get("class_names"))
+        """Where files belong: in folders or shards as it was said when the drawing began."""
+        header = self.header() or {}
+        return layout_of(self.request, header.get("class_names"), "shards" in header)
 
     def _is_done(self, block: int, layout: Layout) -> bool:
-        names = [name for seed in self.request.seeds(block) for name in layout.names(seed)]
-        return self._part(block).is_file() and all((self.folder / name).is_file() for name in names)
+        return self._part(block).is_file() and all((self.folder / name).is_file() for name in layout.files(block))
 
     def _rows(self, layout: Layout) -> Iterator[tuple[Any, ...]]:
         for block in range(self.request.num_blocks):
-            yield from layout.rows(self.request.seeds(block), read_json(self._part(block), "output_dir"))
+            yield from layout.rows(block, read_json(self._part(block), "output_dir"))
 
     def _require_classes(self, num_classes: int | None) -> None:
         if self.request.has_classes and num_classes not in (None, self.request.num_classes):
@@ -258,12 +263,13 @@ class Drawing:
             raise ValueError(msg)
 
 
-def layout_of(request: DrawRequest, class_names: Sequence[str] | None = None) -> Layout:
+def layout_of(request: DrawRequest, class_names: Sequence[str] | None = None, sharded: bool = False) -> Layout:
     """Choose how the images of a request lie on disk.
 
     Args:
         request: What is drawn.
         class_names: Names of the classes; None where nobody knows. Pairs do not look at them.
+        sharded: Whether images of classes lie in shards.
 
     Returns:
         The layout.
@@ -271,7 +277,9 @@ def layout_of(request: DrawRequest, class_names: Sequence[str] | None = None) ->
     Raises:
         ValueError: The names cannot be folders, or are too many or too few.
     """
-    return ClassFiles(request, class_names) if request.has_classes else PairFiles(request)
+    if not request.has_classes:
+        return PairFiles(request)
+    return (ClassShards if sharded else ClassFiles)(request, class_names)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

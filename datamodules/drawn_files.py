@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.artifact_files import parquet_bytes
+from datamodules.atomic import write_atomically
 
 UInt8Array = npt.NDArray[np.uint8]
 RowT = TypeVar("RowT")
@@ -48,15 +49,19 @@ class Layout(Protocol):
         """List what is in the way in a folder that was not drawn into before."""
         ...
 
-    def names(self, seed: int) -> tuple[str, ...]:
-        """Name the files of a seed, relative to the folder: the image, then the mask if there is one."""
+    def files(self, block: int) -> list[str]:
+        """Name the files of a block, relative to the folder."""
         ...
 
     def check(self, drawn: object, seeds: Sequence[int], num_classes: int | None) -> Pixels:
         """Turn what a module drew for some seeds into what is written, or refuse it."""
         ...
 
-    def rows(self, seeds: Sequence[int], part: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    def write(self, folder: Path, block: int, pixels: Pixels) -> dict[str, Any]:
+        """Write the files of a block; returns what its part has to say."""
+        ...
+
+    def rows(self, block: int, part: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         """Return the rows of the table for a block, given what its part says."""
         ...
 
@@ -120,10 +125,35 @@ def png_bytes(pixels: UInt8Array) -> bytes:
     return buffer.getvalue()
 
 
+def write_pictures(folder: Path, names: Sequence[str], pixels: Pixels) -> None:
+    """Write images as files of their own, each followed by its mask if there are any.
+
+    Args:
+        folder: Where they belong.
+        names: Their files, relative to the folder.
+        pixels: What they are.
+
+    Raises:
+        OSError: A file could not be written.
+    """
+    kinds = (pixels.images,) if pixels.masks is None else (pixels.images, pixels.masks)
+    pictures = (picture for own in zip(*kinds, strict=True) for picture in own)
+    for name, picture in zip(names, pictures, strict=True):
+        write_atomically(folder / name, png_bytes(picture))
+
+
 def table_bytes(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> bytes:
     """Encode rows as Parquet, see `parquet_bytes`."""
     columns = zip(*rows, strict=True)
     return parquet_bytes(pa.table(dict(zip(schema.names, map(list, columns), strict=True)), schema=schema))
+
+
+def has_columns(path: Path, schema: pa.Schema) -> bool:
+    """Whether a file is a table that has all columns of a schema."""
+    try:
+        return set(schema.names) <= set(pq.read_schema(path).names)
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def read_table(path: Path, schema: pa.Schema) -> list[tuple[Any, ...]]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from datamodules.draw_request import DrawRequest
-from datamodules.drawn_files import Pixels, require_finite, require_tensors, to_bytes
+from datamodules.drawn_files import Pixels, require_finite, require_tensors, to_bytes, write_pictures
 
 
 class PairRow(NamedTuple):
@@ -66,9 +66,9 @@ class PairFiles:
         """List which of the folders of pairs are there already."""
         return [name for name in ("images", "masks") if (folder / name).exists()]
 
-    def names(self, seed: int) -> tuple[str, ...]:
-        """Name image and mask of a seed."""
-        return f"images/{seed:09d}.png", f"masks/{seed:09d}.png"
+    def files(self, block: int) -> list[str]:
+        """Name the images of a block, each followed by its mask."""
+        return [name for seed in self.request.seeds(block) for name in _names(seed)]
 
     def check(self, drawn: object, seeds: Sequence[int], num_classes: int | None) -> Pixels:
         """Check what a module drew, and turn it into what is written.
@@ -105,16 +105,36 @@ class PairFiles:
         images = to_bytes(image.expand(-1, 3, -1, -1))
         return Pixels(images, mask.to(torch.uint8).numpy(), confidence.float().tolist())
 
-    def rows(self, seeds: Sequence[int], part: Mapping[str, Any]) -> Iterator[PairRow]:
+    def write(self, folder: Path, block: int, pixels: Pixels) -> dict[str, Any]:
+        """Write images and masks of a block.
+
+        Args:
+            folder: Where they belong.
+            block: Number of the block.
+            pixels: What they are.
+
+        Returns:
+            The confidence of each pair.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        write_pictures(folder, self.files(block), pixels)
+        return {"confidence": pixels.confidence}
+
+    def rows(self, block: int, part: Mapping[str, Any]) -> Iterator[PairRow]:
         """Return the rows of a block.
 
         Args:
-            seeds: Its seeds.
+            block: Its number.
             part: The confidence of each.
 
         Yields:
             A row each.
         """
-        for seed, confidence in zip(seeds, part["confidence"], strict=True):
-            image, mask = self.names(seed)
-            yield PairRow(image, mask, seed, confidence)
+        for seed, confidence in zip(self.request.seeds(block), part["confidence"], strict=True):
+            yield PairRow(*_names(seed), seed, confidence)
+
+
+def _names(seed: int) -> tuple[str, str]:
+    return f"images/{seed:09d}.png", f"masks/{seed:09d}.png"

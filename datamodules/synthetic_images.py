@@ -2,26 +2,32 @@
 
     <folder>/images/, masks/    of pairs: an image and its mask, see `pair_files`
     <folder>/<class name>/      of classes: a folder each, see `class_files`
+    <folder>/shards/            of classes, where they are many: tar files of WebDataset, see `class_shards`
     <folder>/metadata.parquet   a row for each image
     <folder>/manifest.json      what made them; written last: no manifest = not finished
 
-`load_dataset("imagefolder")` reads such a folder as it is. So does FolderSegmentationDataModule if it holds pairs, and
-torchvision's ImageFolder if it holds classes, whose numbers there are those of the sorted names.
+`load_dataset("imagefolder")` reads a folder without shards as it is. So does FolderSegmentationDataModule if it holds
+pairs, and torchvision's ImageFolder if it holds classes, whose numbers there are those of the sorted names. None of
+them reads shards: those are for WebDataset, or for `SyntheticImages.bytes_of`, which reads both.
 """
 
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from datamodules.artifact_files import MANIFEST, listed, read_manifest
 from datamodules.class_files import ClassFiles, ClassRow
+from datamodules.class_shards import ClassShards, ShardReader, require_shards
 from datamodules.draw_request import DrawRequest, SamplerName
-from datamodules.drawing import DRAWING, KIND, TABLE, Drawing, Origin, weights_sha256
-from datamodules.drawn_files import read_table
+from datamodules.drawing import DRAWING, KIND, SHARDS_ABOVE, TABLE, Drawing, Origin, weights_sha256
+from datamodules.drawn_files import has_columns, read_table
 from datamodules.pair_files import PairFiles, PairRow
 
 __all__ = [
+    "SHARDS_ABOVE",
     "ClassRow",
     "DrawRequest",
     "Drawing",
@@ -52,9 +58,12 @@ class SyntheticImages(Generic[RowT]):
     folder: Path
     manifest: Mapping[str, Any]
     rows: Sequence[RowT]
+    _shards: ShardReader = field(default_factory=ShardReader, repr=False, compare=False)
 
     def bytes_of(self, row: RowT) -> bytes:
-        """Read the encoded image of a row.
+        """Read the encoded image of a row, out of its shard or its own file.
+
+        Processes that are forked or spawned may go on reading, such as workers of a DataLoader.
 
         Args:
             row: One of `rows`.
@@ -64,7 +73,10 @@ class SyntheticImages(Generic[RowT]):
 
         Raises:
             OSError: It cannot be read any more.
+            ValueError: There is something else in its place in the shard.
         """
+        if isinstance(row, ClassRow) and row.shard is not None:
+            return self._shards.read(self.folder, row)
         return (self.folder / row.file_name).read_bytes()
 
     def require(
@@ -74,7 +86,8 @@ class SyntheticImages(Generic[RowT]):
 
         Args:
             class_names: The classes of the data set, in the order of their ids.
-            fingerprint: Identifies the data set and its split.
+            fingerprint: Identifies the data set; with its split for pairs, whatever its labels for images of classes
+                (`images_fingerprint` of a datamodule).
             from_other_data: Accept images that were drawn from other data or another split of them.
 
         Raises:
@@ -94,13 +107,20 @@ class SyntheticImages(Generic[RowT]):
         origin = self.manifest.get("fingerprint")
         if from_other_data or (origin is not None and origin == fingerprint):
             return
-        which = f"other data, or another split of these (fingerprint {str(origin)[:12]}, here {str(fingerprint)[:12]})"
+        classes = self.manifest.get("layout") == "classes"
+        split, same_data = (
+            (", or from a source that splits them otherwise", "`source`")
+            if classes
+            else (", or another split of these", "`data` arguments")
+        )
+        which = f"other data{split} (fingerprint {str(origin)[:12]}, here {str(fingerprint)[:12]})"
         msg = (
-            f"Expected `synthetic_images` drawn by a module that was trained on these data and this split, but "
-            f"{self.folder} comes from {which if origin is not None else 'data that it does not name'}: what was drawn "
-            "may show images that are validated or tested on here, and measured results would be too good. Draw with "
-            "a module of the same `data` arguments, or set `synthetic_from_other_data` if the training images of that "
-            "module are none of your test images."
+            f"Expected `synthetic_images` drawn by a module that was trained on these {'images' if classes else 'data'}"
+            f"{'' if classes else ' and this split'}, but {self.folder} comes from "
+            f"{which if origin is not None else 'data that it does not name'}: what was drawn may show images that are "
+            "validated or tested on here, and measured results would be too good. Draw with a module of the same "
+            f"{same_data}, or set `synthetic_from_other_data` if the training images of that module are none of your "
+            "test images."
         )
         raise ValueError(msg)
 
@@ -130,31 +150,79 @@ def read(folder: str | Path, layout: LayoutName = "pairs") -> SyntheticImages[An
     folder = Path(folder).expanduser()
     manifest = _read_manifest(folder, layout)
     table = folder / TABLE
-    rows = (
-        [PairRow(*values) for values in read_table(table, PairFiles.schema)]
-        if layout == "pairs"
-        else [ClassRow(*values) for values in read_table(table, ClassFiles.schema)]
-    )
-    names = [name for row in rows for name in row.files]
-    outside = [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    if layout == "pairs":
+        pairs = [PairRow(*values) for values in read_table(table, PairFiles.schema)]
+        _require_files(folder, [name for row in pairs for name in row.files])
+        _require_count(manifest, pairs, table, layout)
+        return SyntheticImages(folder, manifest, pairs)
+    # Either side may have been changed by hand: that of the table says how to read it, the manifest has to agree.
+    sharded = has_columns(table, ClassShards.schema)
+    schema = ClassShards.schema if sharded else ClassFiles.schema
+    rows = [ClassRow(*values) for values in read_table(table, schema)]
+    num_shards = require_shards(folder, rows) if sharded else None
+    if not sharded:
+        _require_files(folder, [row.file_name for row in rows])
+    _require_count(manifest, rows, table, layout)
+    _require_agreement(manifest, rows, num_shards, folder)
+    return SyntheticImages(folder, manifest, rows)
+
+
+def _require_files(folder: Path, names: Sequence[str]) -> None:
+    places = [PurePosixPath(name) for name in names]
+    outside = [name for name, place in zip(names, places, strict=True) if place.is_absolute() or ".." in place.parts]
     if outside:
         msg = (
-            f"Expected `synthetic_images` whose files are in its folder, but {table} lists {listed(outside)}"
+            f"Expected `synthetic_images` whose files are in its folder, but {folder / TABLE} lists {listed(outside)}"
             "; do not use an artifact whose origin you do not know."
         )
         raise ValueError(msg)
-    lost = [name for name in names if not (folder / name).is_file()]
+    # Folders are listed: asking for each file would take a moment each where the disk is far away.
+    parents = {place.parent for place in places}
+    found = {parent / entry.name for parent in parents for entry in _entries(folder / parent) if entry.is_file()}
+    lost = [name for name, place in zip(names, places, strict=True) if place not in found]
     if lost:
         msg = (
             f"Expected `synthetic_images` with all files of its table, but {folder} lacks {listed(lost)}; copy it "
             "again, or remove it and draw it anew."
         )
         raise FileNotFoundError(msg)
-    count = manifest.get("counts", {}).get("images")
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    return list(os.scandir(folder)) if folder.is_dir() else []
+
+
+def _require_count(manifest: Mapping[str, Any], rows: Sequence[object], table: Path, layout: LayoutName) -> None:
+    counts = manifest.get("counts")
+    count = counts.get("images") if isinstance(counts, Mapping) else None
     if count != len(rows):
         msg = f"Expected `synthetic_images` with {count} {_NOUNS[layout]}, but {table} lists {len(rows)}; draw it anew."
         raise ValueError(msg)
-    return SyntheticImages(folder, manifest, rows)
+
+
+def _require_agreement(
+    manifest: Mapping[str, Any], rows: Sequence[ClassRow], num_shards: int | None, folder: Path
+) -> None:
+    """What the manifest of images of classes says has to be what its table says."""
+    said, names = manifest["counts"].get("classes"), manifest.get("class_names")
+    classes: Mapping[str, Any] = said if isinstance(said, Mapping) else {}
+    # Classes without names have numbers, with leading zeros.
+    names = sorted(classes) if names is None else list(names)
+    found = Counter((row.label, row.class_name) for row in rows)
+    counted = Counter(row.class_name for row in rows)
+    checks = {
+        "counts": counted == Counter(classes),
+        "class_names": set(names) == set(classes) and all(names[c : c + 1] == [name] for c, name in found),
+        "num_classes": manifest.get("num_classes") in (None, len(names)),
+        "shards": manifest.get("shards") == num_shards,
+    }
+    disagreeing = [what for what, agrees in checks.items() if not agrees]
+    if disagreeing:
+        msg = (
+            f"Expected `synthetic_images` whose {MANIFEST} says what {TABLE} says, but in {folder} they disagree about "
+            f"{', '.join(disagreeing)}: was one of them changed by hand? Copy the folder again, or draw it anew."
+        )
+        raise ValueError(msg)
 
 
 def _read_manifest(folder: Path, layout: LayoutName) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
     # Where a callback writes is no matter either, unless a later stage looks for it there: what was requested.
     writers = {key.split(".request")[0] for key in flat if ".request." in key}
     hidden |= {key for key in flat if key.endswith(".output_dir") and key.removesuffix(".output_dir") not in writers}
+    # Nor in how many files drawn images lie.
+    hidden |= {key for key in flat if key.endswith(".shards_above")}
     kept = {
         key: value
         for key, value in flat.items()

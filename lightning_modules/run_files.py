@@ -138,8 +138,10 @@ class RunRecord(SaveConfigCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Mark the checkpoint as this configuration's, on these data."""
         checkpoint |= self.record
+        data = getattr(trainer, "datamodule", None)
         checkpoint["fingerprint"] = _fingerprint(trainer)
-        checkpoint["class_names"] = list(getattr(getattr(trainer, "datamodule", None), "class_names", None) or ())
+        checkpoint["images_fingerprint"] = getattr(data, "images_fingerprint", None)
+        checkpoint["class_names"] = list(getattr(data, "class_names", None) or ())
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say when the data are not split as they were in training: what is tested may have been trained on."""
