@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -266,16 +267,25 @@ class ConfusionTransition(TransitionMatrix):
     equal entries, the rows of two such classes would be equal, and the matrix singular.
 
     Args:
-        counts: n, K rows (clean) of K numbers (given labels), or a file of it, see FileTransition; of the manifest.json
-            of pseudo-labels it is the `confusion`.
+        counts: n, K rows (clean) of K numbers (given labels), or a file of it, see FileTransition, or the manifest.json
+            of pseudo-labels.
         prior: Images that every row counts as seen before, spread over all labels; not negative.
         diagonal_prior: Images that every row counts as seen before with the right label; not negative.
+        kind: What to take from a manifest: labelled images that were held out ("confusion"; few, but true labels), or
+            what the module that labelled the images expects of its own labels, its probabilities summed over all
+            images ("expected_confusion"; many, but as good as its probabilities are).
 
     Raises:
         ValueError: A prior is negative.
     """
 
-    def __init__(self, counts: list[list[float]] | str, prior: float = 1.0, diagonal_prior: float = 1.0) -> None:
+    def __init__(
+        self,
+        counts: list[list[float]] | str,
+        prior: float = 1.0,
+        diagonal_prior: float = 1.0,
+        kind: Literal["confusion", "expected_confusion"] = "confusion",
+    ) -> None:
         for name, value in (("prior", prior), ("diagonal_prior", diagonal_prior)):
             if not 0 <= value < math.inf:
                 msg = f"Expected `{name}` to be at least 0, got {value}; it counts images."
@@ -283,6 +293,7 @@ class ConfusionTransition(TransitionMatrix):
         self.counts = counts
         self.prior = prior
         self.diagonal_prior = diagonal_prior
+        self.kind = kind
 
     def matrix(self, num_classes: int) -> Tensor:
         """Return the posterior mean.
@@ -295,7 +306,9 @@ class ConfusionTransition(TransitionMatrix):
             ValueError: `counts` is not a table of K x K numbers that are not negative, or says nothing of a class and
                 neither does a prior.
         """
-        counts = _read_table(self.counts) if isinstance(self.counts, str) else _table(self.counts, "`counts`")
+        counts = (
+            _read_table(self.counts, self.kind) if isinstance(self.counts, str) else _table(self.counts, "`counts`")
+        )
         if tuple(counts.shape) != (num_classes, num_classes) or not bool((counts >= 0).all()):
             msg = (
                 f"Expected `counts` of {num_classes} x {num_classes} images, none negative, for `num_classes` = "
@@ -318,40 +331,40 @@ def _probability(rate: float) -> float:
     return rate
 
 
-def _read_table(path: str) -> Tensor:
+def _read_table(path: str, kind: str = "confusion") -> Tensor:
     file = Path(path)
     if not file.is_file():
         msg = f"Expected `path` to be a file with a matrix, but there is none at {file}; looked in {Path.cwd()}."
         raise FileNotFoundError(msg)
-    kind = file.suffix.lower()
-    if kind not in _READERS:
+    suffix = file.suffix.lower()
+    if suffix not in _READERS:
         msg = f"Expected `path` to end with {', '.join(_READERS)}, got {file}; write the matrix as one of them."
         raise ValueError(msg)
     try:
-        rows = _READERS[kind](file)
+        rows = _rows_in(_READERS[suffix](file), kind)
     except (ValueError, OSError) as error:
         msg = f"Expected a table of numbers in {file}, got none: {error}; write one row for each clean class."
         raise ValueError(msg) from error
     return _table(rows, str(file))
 
 
-def _rows_in(content: object) -> object:
-    """The table of a JSON file, or what the manifest of pseudo-labels knows of how wrong they are.
+def _rows_in(content: object, kind: str) -> object:
+    """The table of a file, or what the manifest of pseudo-labels knows of how wrong they are.
 
     Raises:
         ValueError: The manifest knows nothing of it.
     """
     if not isinstance(content, dict):
         return content
-    if content.get("confusion") is None:
-        msg = "it has no `confusion`, as the module that labelled the images tells none"
+    if content.get(kind) is None:
+        msg = f"it has no `{kind}`; the module that labelled the images tells none"
         raise ValueError(msg)
-    return content["confusion"]
+    return content[kind]
 
 
 _READERS: dict[str, Callable[[Path], object]] = {
     ".csv": partial(np.loadtxt, delimiter=",", ndmin=2),
-    ".json": lambda file: _rows_in(json.loads(file.read_text(encoding="utf-8"))),
+    ".json": lambda file: json.loads(file.read_text(encoding="utf-8")),
     ".npy": partial(np.load, allow_pickle=False),
 }
 

@@ -152,7 +152,10 @@ def test_counts_and_their_prior(tmp_path: Path) -> None:
     torch.testing.assert_close(many, true, atol=1e-8, rtol=0)
     (tmp_path / "n.json").write_text(json.dumps(counts))
     assert torch.equal(ConfusionTransition(str(tmp_path / "n.json"), 0.6, 2.0).matrix(3), found)
-    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "pseudo_labels", "confusion": counts}))
+    manifest = {"kind": "pseudo_labels", "confusion": counts, "expected_confusion": (4 * true).tolist()}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    expected_by_module = ConfusionTransition(str(tmp_path / "manifest.json"), 0.0, 0.0, "expected_confusion").matrix(3)
+    torch.testing.assert_close(expected_by_module, true)
     assert torch.equal(ConfusionTransition(str(tmp_path / "manifest.json"), 0.6, 2.0).matrix(3), found)
     (tmp_path / "manifest.json").write_text(json.dumps({"kind": "pseudo_labels", "confusion": None}))
     with pytest.raises(ValueError, match="has no `confusion`"):
