@@ -1,20 +1,23 @@
 """Labelled and unlabelled images for semi-supervised classification."""
 
+from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.classification.arrays import DigitsSource
 from datamodules.classification.base import ClassificationDataModule
 from datamodules.classification.contents import ImageSource, Int64Array
+from datamodules.classification.mixture import MixPlan, Mixture, mix
 from datamodules.classification.prepare import Reading, check_least, image_side, images_of_folder, prepare
 from datamodules.classification.splits import LabelPlan, LongTail
 from datamodules.classification.streams import (
     EvalImages,
     Pool,
-    SplitRows,
     StreamName,
     StreamSampler,
     TrainBatch,
@@ -24,6 +27,7 @@ from datamodules.classification.streams import (
 )
 from datamodules.label_noise import LabelNoise
 from datamodules.loading import LateLoader
+from datamodules.views.crops import MultiCrop
 from datamodules.views.policies import StrongName, WeakName
 from datamodules.views.views import BatchViews, WorkerViews
 
@@ -61,9 +65,24 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         cutout: Largest side of the hole in a strong view, as a share of the image's side.
         crop_padding: Largest shift of a weak view, in pixels, or as a share of the side if a float.
         fill: Grey level, in [0, 1], of holes and of what is drawn in from outside.
+        crops: Random and focal views, for MaskedSiamese; None has none.
         augment: Make the views of a whole batch on the device, or of each image in the loader's workers.
         label_noise: Makes given labels wrong, those validated on included; never those of test images.
         imbalance: Makes the classes unequal.
+        synthetic_images: Folder of drawn images of the classes (see SyntheticImageWriter) that join the labelled ones,
+            with the classes that they were asked for; they are trained on only, never validated or tested on, and not
+            among the unlabelled images. A relative one is below the current directory: it is the product of a run.
+        synthetic_per_class: Take the first so many of each class, by seed; None takes them all.
+        synthetic_share: Share of each labelled batch that is drawn, in (0, 1): round(share * batch_size) images on
+            each device. None takes all labelled images equally often, drawn or not.
+        synthetic_weight: Weight of a drawn image's loss, at least 0, for modules that fit all labelled images at once
+            by `sweep_dataloader` (LinearProbe). Training batches have no weights, and methods do not use it.
+        synthetic_from_other_data: Accept images that were drawn by a module trained on other data: then it is up to
+            you that its training images are not tested on here.
+        pseudo_labels: Folder of a PseudoLabels artifact: unlabelled images join the labelled ones with their
+            pseudo-labels (plain self-training), and stay among the unlabelled ones. Images that people labelled keep
+            their label. A relative one is below the current directory.
+        min_confidence: Let images join whose pseudo-label is at least that sure, in [0, 1].
         num_workers: Processes that fetch batches; 0 does it in the training process, which is enough while images
             are in memory and augmented on the device.
         cache_megabytes: Memory for decoded images; if they need more they are decoded on every access.
@@ -77,10 +96,13 @@ class SemiSupervisedDataModule(ClassificationDataModule):
 
     Raises:
         ValueError: If an argument is out of range; in `setup`, if images or labels cannot be used.
-        FileNotFoundError: In `setup`, if the images are missing.
+        FileNotFoundError: In `setup`, if the images, drawn ones or pseudo-labels are missing.
     """
 
     instead_of_test_images = ", or set `predict_images` to predict a folder"
+    _views: BatchViews | WorkerViews
+    _mixture: Mixture | None = None
+    _predict: EvalImages | None = None
 
     def __init__(
         self,
@@ -101,9 +123,17 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         cutout: float = 0.5,
         crop_padding: float = 0.125,
         fill: float = 0.5,
+        crops: MultiCrop | None = None,
         augment: Literal["batch", "workers"] = "batch",
         label_noise: LabelNoise | None = None,
         imbalance: LongTail | None = None,
+        synthetic_images: str | None = None,
+        synthetic_per_class: int | None = None,
+        synthetic_share: float | None = None,
+        synthetic_weight: float = 1.0,
+        synthetic_from_other_data: bool = False,
+        pseudo_labels: str | None = None,
+        min_confidence: float = 0.0,
         num_workers: int = 0,
         cache_megabytes: int = 4096,
         on_bad_file: Literal["error", "skip"] = "error",
@@ -117,39 +147,47 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         source = DigitsSource() if source is None else source
         reading = Reading(image_side(source, image_size), cache_megabytes, on_bad_file, max_bad_share)
         super().__init__(source, reading, num_workers, eval_batch_size, seed)
-        self.batch_size = batch_size
-        self.unlabeled_ratio = unlabeled_ratio
+        self.batch_size, self.unlabeled_ratio, self.steps_per_epoch = batch_size, unlabeled_ratio, steps_per_epoch
         self.plan = LabelPlan(
             num_labels, labels_per_class, labels_seed, labels_balanced, val_share, include_labeled, imbalance
         )
-        self.steps_per_epoch = steps_per_epoch
+        drawn = (synthetic_images, synthetic_per_class, synthetic_share, synthetic_weight, synthetic_from_other_data)
+        self.mix = MixPlan(*drawn, pseudo_labels, min_confidence)
         self.label_noise = label_noise
-        self.predict_images = predict_images
-        self.predict_split = predict_split
-        if predict_split not in ("test", "train"):
-            msg = f'Expected argument `predict_split` to be "test" or "train", but got {predict_split!r}.'
-            raise ValueError(msg)
-        if predict_split == "train" and predict_images is not None:
-            msg = f'Expected only one of `predict_images` and `predict_split` "train", but got both, {predict_images}.'
-            raise ValueError(msg)
+        self.predict_images, self.predict_split = predict_images, predict_split
+        self._check_arguments(augment)
+        look = (self.image_size, weak, strong, num_ops, cutout, crop_padding, fill, crops)
+        self._views = WorkerViews(*look) if augment == "workers" else BatchViews(*look)
+        self._names: dict[StreamName, tuple[str, ...]] = {"labeled": ("weak",), "unlabeled": ("weak", "strong")}
+        self._selected: dict[StreamName, Int64Array | None] = {}
+        self._pools: dict[StreamName, Pool] = {}
+
+    def _check_arguments(self, augment: str) -> None:
         for name in ("batch_size", "unlabeled_ratio", "steps_per_epoch"):
             check_least(name, getattr(self, name), 1)
         if augment not in ("batch", "workers"):
             msg = f'Expected argument `augment` to be "batch" or "workers", but got {augment!r}.'
             raise ValueError(msg)
-        kind = WorkerViews if augment == "workers" else BatchViews
-        self._views: BatchViews | WorkerViews = kind(self.image_size, weak, strong, num_ops, cutout, crop_padding, fill)
-        self._names: dict[StreamName, tuple[str, ...]] = {"labeled": ("weak",), "unlabeled": ("weak", "strong")}
-        self._selected: dict[StreamName, Int64Array | None] = {}
-        self._pools: dict[StreamName, Pool] = {}
-        self._predict: EvalImages | None = None
+        if self.predict_split not in ("test", "train"):
+            msg = f'Expected argument `predict_split` to be "test" or "train", but got {self.predict_split!r}.'
+            raise ValueError(msg)
+        if self.predict_split == "train" and self.predict_images is not None:
+            both = f"but got both, {self.predict_images}"
+            msg = f'Expected only one of `predict_images` and `predict_split` "train", {both}.'
+            raise ValueError(msg)
+        _ = self.drawn_per_batch
 
     # ---------------------------------------------------------------- what a module may ask
 
     @property
     def num_labeled(self) -> int:
-        """Labelled images to train on, after `setup`."""
-        return len(self._ready().split.labeled)
+        """Labelled images to train on, drawn and pseudo-labelled ones included, after `setup`."""
+        return len(self._streams().labeled.rows)
+
+    @property
+    def drawn_per_batch(self) -> int | None:
+        """Drawn images of each labelled batch on each device, with `synthetic_share`; else None."""
+        return self.mix.drawn_of(self.batch_size)
 
     @property
     def num_unlabeled(self) -> int:
@@ -160,15 +198,17 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         """Say which views a training batch has; without a word labelled images are weak, others weak and strong.
 
         Args:
-            labeled: Names of the views of labelled images, at least one; the first is called `image` in a batch, the
-                n-th repeat of a name `name_n`.
-            unlabeled: Those of unlabelled images; without any there are no unlabelled images in a batch.
+            labeled: Names of the views of labelled images; the first is called `image` in a batch, the n-th repeat of a
+                name `name_n`. Without any there are no labelled images in a batch.
+            unlabeled: Those of unlabelled images, likewise.
 
         Raises:
-            ValueError: A name is unknown here.
+            ValueError: A name is unknown here, or there is none at all.
         """
-        if not labeled:
-            msg = "Expected argument `labeled` to name at least one view, but got none; give at least `plain`."
+        if not labeled and not unlabeled:
+            msg = (
+                "Expected argument `labeled` or `unlabeled` to name a view, but both are empty; give at least `plain`."
+            )
             raise ValueError(msg)
         known = self._views.names
         # A probe is compared with the label of its image.
@@ -178,7 +218,7 @@ class SemiSupervisedDataModule(ClassificationDataModule):
                 if name not in possible:
                     msg = (
                         f"Expected argument `{stream}` to name views out of {possible}, but got {name!r}. "
-                        "Labelled images have a probe with `strong: ctaugment`."
+                        "Labelled images have a probe with `strong: ctaugment`; `crops` has random and focal views."
                     )
                     raise ValueError(msg)
         self._names = {"labeled": tuple(labeled), "unlabeled": tuple(unlabeled)}
@@ -209,6 +249,10 @@ class SemiSupervisedDataModule(ClassificationDataModule):
                 f"but got {chosen.size} of shape {list(chosen.shape)}, or some out of range; None takes all."
             )
             raise ValueError(msg)
+        quota = self._streams().quota(split, self.drawn_per_batch)
+        if quota is not None and chosen is not None and len(np.unique(quota.holds(chosen))) < 2:
+            msg = "Expected argument `indices` to have drawn and other images with `synthetic_share`, but got one kind."
+            raise ValueError(msg)
         self._selected[split] = chosen
         if split in self._pools:
             self._pools[split].selected = chosen
@@ -220,17 +264,20 @@ class SemiSupervisedDataModule(ClassificationDataModule):
             split: Labelled or unlabelled images.
 
         Returns:
-            Class ids int64 [N]; -1 for unlabelled images that are no labelled ones, too.
+            Class ids int64 [N], pseudo-labels included; -1 for unlabelled images that are no labelled ones, too.
         """
-        return self._given(self._rows(split))
+        return self._streams().part(split).labels
 
     def sweep_dataloader(self, split: StreamName) -> DataLoader[dict[str, Tensor]]:
         """Return all training images of a split as they are, with "image", "label" and "index", shared among ranks.
 
+        Labelled images are those that people labelled, then drawn, then pseudo-labelled ones; they have "origin" as
+        well, int64 [B], 0, 1 or 2 in this order, and "weight", float32 [B], that of their loss.
+
         Args:
             split: Labelled or unlabelled images.
         """
-        return self._eval_loader(self._images(self._rows(split)))
+        return self._eval_loader(self._streams().sweep(split, self.reading))
 
     # ---------------------------------------------------------------- reading
 
@@ -247,10 +294,20 @@ class SemiSupervisedDataModule(ClassificationDataModule):
             data = prepare(self.source, self.reading, self.plan, self.label_noise)
             uses = ("labeled", "unlabeled", "val", "test")
             self._settle(data, {name: len(getattr(data.split, name)) for name in uses})
+        if stage != "predict":
+            # Tests compare the fingerprint with that of the fit, but look at no drawn picture.
+            streams = self._streams()
+            if stage == "fit":
+                streams.store(self.reading)
 
-    def _rows(self, split: StreamName) -> Int64Array:
-        data = self._ready()
-        return data.split.labeled if split == "labeled" else data.split.unlabeled
+    def _streams(self) -> Mixture:
+        if self._mixture is None:
+            self._mixture = mix(self._ready(), self.mix, self.class_names)
+            self.fingerprint = self._mixture.fingerprint
+            if not self.mix.is_plain:
+                self.counts |= self._mixture.counts
+                rank_zero_info(self._mixture.describe(self.drawn_per_batch))
+        return self._mixture
 
     # ---------------------------------------------------------------- loaders
 
@@ -262,22 +319,23 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         Raises:
             ValueError: A method wants unlabelled images, and there are none.
         """
-        data = self._ready()
         sizes = {"labeled": self.batch_size, "unlabeled": self.batch_size * self.unlabeled_ratio}
-        self._pools, splits = {}, {}
+        streams, splits = self._streams(), {}
+        self._pools = {}
         for stream, names in self._names.items():
             if names:
-                rows = self._rows(stream)
-                if not len(rows):
+                split = replace(streams.part(stream), names=names)
+                if not len(split.rows):
                     msg = (
                         "Expected images without a label, which the method wants views of, but all are labelled. Set "
                         "`include_labeled: true`, `num_labels` or `labels_per_class`."
                     )
                     raise ValueError(msg)
-                self._pools[stream] = Pool(len(rows), sizes[stream], self._selected.get(stream))
-                splits[stream] = SplitRows(rows, self._given(rows), data.truth[torch.from_numpy(rows)], names)
+                quota = streams.quota(stream, self.drawn_per_batch)
+                self._pools[stream] = Pool(len(split.rows), sizes[stream], self._selected.get(stream), quota)
+                splits[stream] = split
         views = self._views if isinstance(self._views, WorkerViews) else None
-        batches = TrainBatches(data.store, splits, self.seed, views, self.steps_per_epoch)
+        batches = TrainBatches(streams.store(self.reading), splits, self.seed, views, self.steps_per_epoch)
         sampler = StreamSampler(self._pools, self.steps_per_epoch, self.seed)
         return LateLoader(batches, batch_size=None, sampler=sampler, **self._settings())
 
@@ -289,7 +347,7 @@ class SemiSupervisedDataModule(ClassificationDataModule):
             dataloader_idx: Number of the loader.
         """
         views = self._views
-        if not isinstance(views, BatchViews) or not isinstance(batch, dict) or "labeled" not in batch:
+        if not isinstance(views, BatchViews) or not isinstance(batch, dict) or self._names.keys().isdisjoint(batch):
             return batch
         made = {}
         for stream, names in self._names.items():

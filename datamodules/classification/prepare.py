@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from datamodules.classification.contents import UNKNOWN, Contents, ImageSource, Int64Array, check_labels
+from datamodules.classification.contents import UNKNOWN, Contents, ImageSource, Int64Array, Role, check_labels
 from datamodules.classification.splits import LabelPlan, Split, split_rows
 from datamodules.classification.store import PixelStore, build_pixels
 from datamodules.classification.streams import EvalImages
@@ -64,6 +64,7 @@ class Prepared:
     Attributes:
         store: The images.
         keys: Their names.
+        roles: What the source has them for: train, val or test.
         split: What they are used for.
         labels: Given class ids by row, noise included, -1 for images without; true ones for test images.
         truth: True class ids by row, -1 where unknown; for reports only.
@@ -73,6 +74,7 @@ class Prepared:
 
     store: PixelStore
     keys: Sequence[str]
+    roles: Sequence[Role]
     split: Split
     labels: Tensor
     truth: Tensor
@@ -165,7 +167,8 @@ def prepare(
         wrong = noise.apply(torch.from_numpy(truth[own]), len(names), lambda places: store.fetch(own[places]))
         labels[own] = wrong.numpy()
     print_of = _fingerprint(contents, split, labels)
-    return Prepared(store, contents.keys, split, torch.from_numpy(labels), torch.from_numpy(hidden), print_of, images)
+    tensors = (torch.from_numpy(labels), torch.from_numpy(hidden))
+    return Prepared(store, contents.keys, contents.roles, split, *tensors, print_of, images)
 
 
 def images_of_folder(folder: str, reading: Reading, channels: int) -> EvalImages:

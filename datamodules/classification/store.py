@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,26 @@ _CHUNK = 1024
 Rows = Sequence[int] | npt.NDArray[np.int64]
 
 
+class Encoded(Protocol):
+    """An image that is no file of its own; `str` says where it is."""
+
+    def read(self) -> bytes:
+        """Return what a file of the image would hold."""
+        ...
+
+
+class Pixels(Protocol):
+    """Images by row: a PixelStore, or several as one."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def fetch(self, rows: Rows) -> Tensor:
+        """Copy images, uint8 [B, C, size, size]."""
+        ...
+
+
 @dataclass
 class PixelStore:
     """The images of one source, square and 8-bit.
@@ -31,13 +52,13 @@ class PixelStore:
         size: Side in pixels.
         channels: 1 or 3.
         images: uint8 tensor [N, C, size, size]; None if images are decoded on access.
-        paths: Files; None if the images are in memory.
+        paths: Files, or what takes their place; None if the images are in memory.
     """
 
     size: int
     channels: int
     images: Tensor | None = None
-    paths: Sequence[Path] | None = None
+    paths: Sequence[Path | Encoded] | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -46,6 +67,11 @@ class PixelStore:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the paths of decoded images out: workers need them no more."""
         return {**self.__dict__, "paths": self.paths if self.images is None else None}
+
+    @property
+    def megabytes(self) -> int:
+        """Memory that the images take, rounded up."""
+        return 0 if self.images is None else -(-self.images.nbytes // _MEGABYTE)
 
     def fetch(self, rows: Rows) -> Tensor:
         """Copy images.
@@ -88,7 +114,39 @@ class PixelStore:
             raise ValueError(msg) from error
 
 
-def read_square(path: Path, size: int, channels: int) -> tuple[UInt8Array, tuple[int, int]]:
+@dataclass
+class JoinedPixels:
+    """Several stores, one after the other, as one; nothing is copied.
+
+    Attributes:
+        stores: The stores.
+    """
+
+    stores: Sequence[PixelStore]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return sum(map(len, self.stores))
+
+    def fetch(self, rows: Rows) -> Tensor:
+        """Copy images, see `PixelStore.fetch`.
+
+        Args:
+            rows: Which, counted through all stores.
+        """
+        wanted = np.asarray(rows, dtype=np.int64)
+        first = self.stores[0]
+        out = torch.empty((len(wanted), first.channels, first.size, first.size), dtype=torch.uint8)
+        start = 0
+        for store in self.stores:
+            own = np.flatnonzero((wanted >= start) & (wanted < start + len(store)))
+            if len(own):
+                out[torch.from_numpy(own)] = store.fetch(wanted[own] - start)
+            start += len(store)
+        return out
+
+
+def read_square(path: Path | Encoded, size: int, channels: int) -> tuple[UInt8Array, tuple[int, int]]:
     """Decode the centre of an image file into a square.
 
     The short side is resized (bilinear with antialiasing), the long side cropped to the middle. Palette and
@@ -96,7 +154,7 @@ def read_square(path: Path, size: int, channels: int) -> tuple[UInt8Array, tuple
     orientation is applied.
 
     Args:
-        path: Image file.
+        path: Image file, or what takes its place.
         size: Side of the result in pixels.
         channels: 3 for colour, 1 for grey.
 
@@ -107,8 +165,9 @@ def read_square(path: Path, size: int, channels: int) -> tuple[UInt8Array, tuple
         OSError: If the file cannot be decoded.
         ValueError: If it holds values that are not finite.
     """
-    head = read_head(path)
-    with open_upright(path) as image:
+    file = _opened(path)
+    head = read_head(file)
+    with open_upright(file) as image:
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the work; twice the target keeps the
         # antialiasing of the last step.
         image.draft(None, (2 * size, 2 * size))
@@ -142,7 +201,24 @@ def build_pixels(
     """
     if contents.images is not None:
         return PixelStore(size, channels, resize(contents.images, size)), list(range(len(contents.keys))), []
-    paths = list(contents.paths or ())
+    return decode_files(list(contents.paths or ()), size, channels, cache_megabytes, what)
+
+
+def decode_files(
+    paths: Sequence[Path | Encoded], size: int, channels: int, cache_megabytes: int, what: str
+) -> tuple[PixelStore, list[int], list[Problem]]:
+    """Decode image files into memory if they fit, else look only at their heads; each is opened once.
+
+    Args:
+        paths: The files, or what takes their place.
+        size: Side of the squares in pixels.
+        channels: 1 or 3.
+        cache_megabytes: Memory budget.
+        what: Names the images in the progress bar.
+
+    Returns:
+        A store of the usable images, their places in `paths`, and what is wrong with the others.
+    """
     count = len(paths)
     cached = count * channels * size**2 <= cache_megabytes * _MEGABYTE
     images = torch.empty((count if cached else 0, channels, size, size), dtype=torch.uint8)
@@ -150,16 +226,20 @@ def build_pixels(
     def handle(row: int) -> tuple[int, int] | Problem:
         try:
             if not cached:
-                return read_head(paths[row]).size
+                return read_head(_opened(paths[row])).size
             pixels, original = read_square(paths[row], size, channels)
         except DECODE_ERRORS as error:
-            return Problem(paths[row], reason_for(error))
+            return Problem(Path(str(paths[row])), reason_for(error))
         images[row] = torch.from_numpy(pixels)
         return original
 
     _, problems, good = collect(handle, count, f"decoding {what}" if cached else f"checking {what}")
     store = PixelStore(size, channels, images if cached else None, paths)
     return store.take(good) if problems else store, good, problems
+
+
+def _opened(path: Path | Encoded) -> Path | BytesIO:
+    return path if isinstance(path, Path) else BytesIO(path.read())
 
 
 def resize(images: UInt8Array, size: int) -> Tensor:

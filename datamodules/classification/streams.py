@@ -1,18 +1,19 @@
 """Which images a training batch holds, and the datasets that fetch whole batches of them."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from datamodules.classification.contents import Int64Array
-from datamodules.classification.store import PixelStore
+from datamodules.classification.store import Pixels
 from datamodules.loading import SampleKey, Stream, world
 
 StreamName = Literal["labeled", "unlabeled"]
@@ -20,6 +21,7 @@ TrainBatch = dict[str, dict[str, Any]]
 
 # Tell the streams of one seed apart.
 _SALT = {"labeled": 2, "unlabeled": 3}
+_QUOTA_SALT = 4
 
 
 class MakesViews(Protocol):
@@ -30,6 +32,25 @@ class MakesViews(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Quota:
+    """Images of which every batch holds as many.
+
+    Attributes:
+        first: The first of their indices.
+        stop: The end of them.
+        count: How many of each batch of one rank they are.
+    """
+
+    first: int
+    stop: int
+    count: int
+
+    def holds(self, indices: Int64Array) -> npt.NDArray[np.bool_]:
+        """Say which indices are theirs."""
+        return (indices >= self.first) & (indices < self.stop)
+
+
 @dataclass
 class Pool:
     """Images that a stream draws from.
@@ -38,11 +59,45 @@ class Pool:
         size: Number of images of the split.
         batch_size: Images a batch on one rank.
         selected: Indices to draw from, repeats count; None for all.
+        quota: Images that have a fixed part of each batch; None draws from all alike.
     """
 
     size: int
     batch_size: int
     selected: Int64Array | None = None
+    quota: Quota | None = None
+
+    def parts(self, seed: int, salt: int) -> list["_Part"]:
+        """Return the series of permutations that batches are put together from.
+
+        Args:
+            seed: Seed of the permutations.
+            salt: Tells this stream from others of the seed.
+        """
+        if self.quota is None:
+            size = self.size if self.selected is None else len(self.selected)
+            return [_Part(Stream(size, seed, (salt,)), self.selected, self.batch_size)]
+        indices = np.arange(self.size) if self.selected is None else self.selected
+        inside = self.quota.holds(indices)
+        rest, fixed = indices[~inside], indices[inside]
+        return [
+            _Part(Stream(len(rest), seed, (salt,)), rest, self.batch_size - self.quota.count),
+            _Part(Stream(len(fixed), seed, (_QUOTA_SALT,)), fixed, self.quota.count),
+        ]
+
+
+@dataclass
+class _Part:
+    """Endless permutations of some indices, and how many of them a batch of one rank takes."""
+
+    stream: Stream
+    indices: Int64Array | None
+    count: int
+
+    def take(self, step: int, rank: int, ranks: int) -> Int64Array:
+        whole = self.count * ranks
+        items = self.stream.take(step * whole + rank, (step + 1) * whole, ranks)
+        return items if self.indices is None else self.indices[items]
 
 
 @dataclass(frozen=True)
@@ -69,7 +124,8 @@ class StreamSampler(DistributedSampler[Any]):
     Each stream is an endless series of seeded permutations of the images it draws from, cut into batches: a batch can
     be larger than the number of images, all images are seen equally often, and an epoch depends on the seed, its
     number and the selection alone. Batch b of epoch e on W ranks holds the positions (e S + b) W B to
-    (e S + b + 1) W B, every W-th of them on one rank; S are the batches of an epoch.
+    (e S + b + 1) W B, every W-th of them on one rank; S are the batches of an epoch. Images with a quota q of each
+    batch have a series of their own, of which a batch takes W q, behind W (B - q) of the others'.
 
     Args:
         pools: What the streams draw from; looked at when an epoch begins.
@@ -102,19 +158,13 @@ class StreamSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[BatchKey]:
         """Yield this rank's batches of the epoch given to `set_epoch`."""
-        chosen = {name: pool.selected for name, pool in self.pools.items()}
-        streams: dict[StreamName, Stream] = {}
-        for name, pool in self.pools.items():
-            selected = chosen[name]
-            streams[name] = Stream(pool.size if selected is None else len(selected), self.seed, (_SALT[name],))
+        streams = {name: pool.parts(self.seed, _SALT[name]) for name, pool in self.pools.items()}
         for step in range(self.epoch * self.num_samples, (self.epoch + 1) * self.num_samples):
             key: BatchKey = {}
-            for name, stream in streams.items():
-                whole = self.pools[name].batch_size * self.num_replicas
-                start = step * whole + self.rank
-                index = stream.take(start, (step + 1) * whole, self.num_replicas)
-                selected = chosen[name]
-                key[name] = Drawn(index if selected is None else selected[index], start, self.num_replicas)
+            for name, parts in streams.items():
+                start = step * self.pools[name].batch_size * self.num_replicas + self.rank
+                index = np.concatenate([part.take(step, self.rank, self.num_replicas) for part in parts])
+                key[name] = Drawn(index, start, self.num_replicas)
             yield key
 
 
@@ -170,7 +220,7 @@ class TrainBatches(Dataset[TrainBatch]):
             first draw of the batch beside it, and the views to whoever has the batch on the device.
     """
 
-    store: PixelStore
+    store: Pixels
     splits: dict[StreamName, SplitRows]
     seed: int = 0
     views: MakesViews | None = None
@@ -225,14 +275,23 @@ class EvalImages(Dataset[dict[str, Tensor]]):
         rows: Rows of this dataset, in its order.
         labels: Class ids, -1 for none.
         keys: Names of the images.
+        more: What else a batch has of each image, by name, [N].
     """
 
-    def __init__(self, store: PixelStore, rows: Int64Array, labels: Tensor, keys: Sequence[str]) -> None:
+    def __init__(
+        self,
+        store: Pixels,
+        rows: Int64Array,
+        labels: Tensor,
+        keys: Sequence[str],
+        more: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Remember which rows are whose."""
         self.store = store
         self.rows = rows
         self.labels = labels
         self.keys = keys
+        self.more = dict(more or {})
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -256,4 +315,5 @@ class EvalImages(Dataset[dict[str, Tensor]]):
         shown = index.clamp_min(0)
         image = self.store.fetch(self.rows[np.asarray(shown)])
         label = torch.where(index < 0, -1, self.labels[shown])
-        return {"image": image.float().div_(255), "label": label, "index": index}
+        batch = {"image": image.float().div_(255), "label": label, "index": index}
+        return batch | {name: values[shown] for name, values in self.more.items()}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -82,11 +82,11 @@ def _head(image: Image.Image) -> tuple[Head, Image.Transpose | None]:
     return head, None if turns_itself or orientation == 1 else _TRANSPOSE[orientation]
 
 
-def read_head(path: Path) -> Head:
+def read_head(path: Path | BinaryIO) -> Head:
     """Read size and orientation of a picture from the head of its file.
 
     Args:
-        path: Image or mask file.
+        path: Image or mask file, or its bytes.
 
     Returns:
         Upright size and EXIF orientation.
@@ -153,11 +153,11 @@ def read_image(path: Path, size: int) -> DecodedImage:
 
 
 @contextmanager
-def open_upright(path: Path) -> Iterator[Image.Image]:
+def open_upright(path: Path | BinaryIO) -> Iterator[Image.Image]:
     """Open a picture and turn it as its EXIF orientation says, if it has one.
 
     Args:
-        path: Image or mask file.
+        path: Image or mask file, or its bytes.
 
     Yields:
         The picture.
