@@ -49,6 +49,8 @@ class GenerationDataModule(ClassificationDataModule):
         pseudo_labels: Folder of a PseudoLabels artifact whose labels take the place of the source's, for training
             images; a relative folder is below the current directory.
         min_confidence: Leave out images whose pseudo-label is less sure than that, in [0, 1].
+        min_per_class: Least images of a class to train on; with fewer of one nothing is trained. A class that is
+            hardly seen is drawn as noise.
         flip: Mirror every second image, by chance. Digits do not survive it.
         shift: Largest shift of an image in pixels, rows and columns each by chance, edges reflected. It keeps a
             classifier of noisy images from learning wrong labels by heart; what a generator draws would be shifted as
@@ -79,6 +81,7 @@ class GenerationDataModule(ClassificationDataModule):
         label_noise: LabelNoise | None = None,
         pseudo_labels: str | None = None,
         min_confidence: float = 0.0,
+        min_per_class: int = 1,
         flip: bool = False,
         shift: int = 0,
         steps_per_epoch: int | None = None,
@@ -110,7 +113,9 @@ class GenerationDataModule(ClassificationDataModule):
         self.label_noise = label_noise
         self.pseudo_labels = pseudo_labels
         self.min_confidence = min_confidence
+        self.min_per_class = min_per_class
         self._check_pseudo_labels()
+        check_least("min_per_class", min_per_class, 1)
         check_least("shift", shift, 0)
         if shift >= self.image_size:
             msg = f"Expected argument `shift` below `image_size` {self.image_size}, but got {shift}."
@@ -201,7 +206,7 @@ class GenerationDataModule(ClassificationDataModule):
             given = data.labels.numpy()[data.split.labeled]
             # A class that is never seen would be drawn as noise.
             remedy = "Lower the rate of `label_noise` or choose another seed of it, lower `val_share`, or add images"
-            require_every_class(given, self.class_names, remedy)
+            require_every_class(given, self.class_names, remedy, self.min_per_class)
             parts = {"train": data.split.labeled, "val": data.split.val, "test": data.split.test}
             self._settle(data, {name: len(rows) for name, rows in parts.items()})
 
@@ -210,8 +215,10 @@ class GenerationDataModule(ClassificationDataModule):
         labels = labels_from(
             str(self.pseudo_labels), contents.keys, train, self.class_names, images, self.min_confidence
         )
-        remedy = f"`min_confidence` is {self.min_confidence}: lower it, or label the images with a better module"
-        require_every_class(labels[labels != UNKNOWN], self.class_names, remedy)
+        remedy = "Label the images with a better module, or leave fewer out"
+        if self.min_confidence > 0:
+            remedy = f"`min_confidence` is {self.min_confidence}: lower it, or label the images with a better module"
+        require_every_class(labels[labels != UNKNOWN], self.class_names, remedy, self.min_per_class)
         # All of them may be used: what the source hides are its own labels.
         return replace(contents, labels=np.where(train, labels, contents.labels), given=None)
 

@@ -1,8 +1,8 @@
 """PseudoLabels: labels that a module gave to images, as one stage hands them to the next.
 
     <folder>/pseudo_labels.parquet   key, label, confidence, split; top_label and top_confidence (lists) where wanted
-    <folder>/manifest.json           what made them and which images they are for; written last: no manifest = not
-                                     finished
+    <folder>/manifest.json           what made them, which images they are for, how often they are wrong; written
+                                     last: no manifest = not finished
 
 Rows are columns in memory, and sorted by key on disk: the same labels always give the same bytes, in whichever order
 the processes that made them came.
@@ -11,7 +11,6 @@ the processes that made them came.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from datamodules.artifact_files import MANIFEST, listed, parquet_bytes, read_json, read_manifest
-from datamodules.atomic import write_atomically, write_json_atomically
+from datamodules.atomic import write_atomically
+from datamodules.pseudo_label_origin import Origin, check_manifest, manifest_bytes
+
+__all__ = ["KIND", "SPLITS", "LabelTable", "Origin", "PseudoLabels", "histogram", "read", "write"]
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -30,31 +32,12 @@ Float32Array = npt.NDArray[np.float32]
 KIND = "pseudo_labels"
 # What an image was to the module that labelled it.
 SPLITS = ("labeled", "unlabeled", "val", "test")
-# Classes that an error names.
+# Classes that an error names, and those whose sizes it lists.
 _NAMED = 10
+_SHOWN = 100
 _TABLE = "pseudo_labels.parquet"
 _SCHEMA = pa.schema([("key", pa.string()), ("label", pa.int64()), ("confidence", pa.float32()), ("split", pa.string())])
 _TOP = pa.schema([("top_label", pa.list_(pa.int64())), ("top_confidence", pa.list_(pa.float32()))])
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What pseudo-labels are made from.
-
-    Attributes:
-        class_names: Names of the classes; their positions are the class ids.
-        fingerprint: Identifies the images, whatever their labels (`images_fingerprint` of a datamodule); None where
-            nobody knows.
-        weights: `weights_sha256` of the module that made them, or SHA-256 of its checkpoint.
-        config_hash: Identifies the configuration that trained it.
-        made_with: What else decides the labels: views, precision, ..., as JSON has it.
-    """
-
-    class_names: Sequence[str]
-    fingerprint: str | None = None
-    weights: str | None = None
-    config_hash: str | None = None
-    made_with: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +78,11 @@ class PseudoLabels:
     folder: Path
     manifest: Mapping[str, Any]
     table: LabelTable
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether its writer was asked to leave images out: some may have no row."""
+        return self.manifest.get("selection") is not None
 
     def require(self, class_names: Sequence[str], fingerprint: str | None = None) -> None:
         """Refuse labels that do not belong to a data set.
@@ -170,27 +158,17 @@ def write(folder: str | Path, table: LabelTable, origin: Origin) -> None:
         raise ValueError(msg)
     columns = _sorted(table)
     _check(columns, len(origin.class_names), f"to write into {folder}")
+    matrices = origin.matrices()
     data = _table_bytes(columns)
     manifest.unlink(missing_ok=True)
     write_atomically(folder / _TABLE, data)
-    classes = np.bincount(columns.labels, minlength=len(origin.class_names))
-    splits = np.bincount(columns.splits, minlength=len(SPLITS))
     head = {
         "kind": KIND,
-        "fewlight": version("fewlight"),
-        "config_hash": origin.config_hash,
-        "weights": origin.weights,
-        "made_with": None if origin.made_with is None else dict(origin.made_with),
-        "class_names": list(origin.class_names),
-        "fingerprint": origin.fingerprint,
-        "counts": {
-            "images": len(columns),
-            "classes": classes.tolist(),
-            "splits": dict(zip(SPLITS, splits.tolist(), strict=True)),
-        },
+        **origin.head(),
+        "counts": _counts(columns, len(origin.class_names)),
         "table_sha256": hashlib.sha256(data).hexdigest(),
     }
-    write_json_atomically(manifest, head)
+    write_atomically(manifest, manifest_bytes(head, matrices))
 
 
 def read(folder: str | Path) -> PseudoLabels:
@@ -227,7 +205,28 @@ def read(folder: str | Path) -> PseudoLabels:
         raise ValueError(msg)  # noqa: TRY004 - the content of a file, not the type of an argument
     table = _parsed(data, path)
     _check(table, len(names), f"in {path}")
+    check_manifest(manifest, _counts(table, len(names)), folder / MANIFEST)
     return PseudoLabels(folder, manifest, table)
+
+
+def histogram(class_names: Sequence[str], counts: Sequence[int]) -> str:
+    """Say how many images each class has, for a message.
+
+    Args:
+        class_names: Names of the K classes.
+        counts: Images of each [K].
+    """
+    shown = [f"{name} {count}" for name, count in zip(class_names, counts, strict=True)]
+    return ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")
+
+
+def _counts(table: LabelTable, num_classes: int) -> dict[str, Any]:
+    splits = np.bincount(table.splits, minlength=len(SPLITS))
+    return {
+        "images": len(table),
+        "classes": np.bincount(table.labels, minlength=num_classes).tolist(),
+        "splits": dict(zip(SPLITS, splits.tolist(), strict=True)),
+    }
 
 
 def _sorted(table: LabelTable) -> LabelTable:

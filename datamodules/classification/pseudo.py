@@ -58,8 +58,8 @@ def labels_from(
         min_confidence: Leave out pseudo-labels that are less sure than that, in [0, 1].
 
     Returns:
-        Class ids [N]; -1 for images that are not trained on, and for those without a pseudo-label or with one that is
-        not sure enough.
+        Class ids [N]; -1 for images that are not trained on, and for those without a pseudo-label (which only an
+        artifact that left images out may have) or with one that is not sure enough.
 
     Raises:
         FileNotFoundError: The folder is missing or not finished.
@@ -68,15 +68,15 @@ def labels_from(
     found = read(folder)
     rows = _matched(found, keys, train)
     found.require(class_names, images_fingerprint)
-    sure = train & (found.table.confidence[rows] >= min_confidence)
+    sure = train & (rows >= 0) & (found.table.confidence[rows] >= min_confidence)
     labels: Int64Array = np.where(sure, found.table.labels[rows], UNKNOWN)
     return labels
 
 
 def _matched(found: PseudoLabels, keys: Sequence[str], train: npt.NDArray[np.bool_]) -> Int64Array:
-    """Rows of pseudo-labels for images, -1 for those that are not trained on and have none."""
+    """Rows of pseudo-labels for images, -1 for those that have none."""
     rows = found.rows_of(keys)
-    lost = np.flatnonzero(train & (rows < 0))
+    lost = np.flatnonzero(train & (rows < 0) & (not found.is_selection))
     strangers = len(found.table) - int((rows >= 0).sum())
     if not len(lost) and not strangers:
         return rows

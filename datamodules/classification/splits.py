@@ -13,9 +13,7 @@ from datamodules.partition import (
     per_class_subset,
     stratified_order,
 )
-
-# Classes whose sizes an error lists.
-_SHOWN = 100
+from datamodules.pseudo_labels import histogram
 
 
 @dataclass(frozen=True)
@@ -150,29 +148,30 @@ def split_rows(
     return Split(np.sort(labeled), unlabeled.astype(np.int64), np.sort(val), by_role["test"])
 
 
-def require_every_class(labels: Int64Array, names: Sequence[str], remedy: str) -> Int64Array:
+def require_every_class(labels: Int64Array, names: Sequence[str], remedy: str, least: int = 1) -> Int64Array:
     """Refuse labels among which a class is missing.
 
     Args:
         labels: Class ids [N].
         names: Names of the classes.
         remedy: What to do about it, without a full stop.
+        least: How many images of a class are enough.
 
     Returns:
         Images of each class [K].
 
     Raises:
-        ValueError: A class has none; shows how many each has.
+        ValueError: A class has fewer; shows how many each has.
     """
     counts = np.bincount(labels, minlength=len(names))
-    missing = np.flatnonzero(counts == 0).tolist()
+    missing = np.flatnonzero(counts < least).tolist()
     if missing:
-        shown = [f"{name} {count}" for name, count in zip(names, counts.tolist(), strict=True)]
-        histogram = ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")
+        wanted = f"{'' if least == 1 else f'{least} '}labelled images of every class"
+        has = f"has {counts[missing[0]] or 'none'}"
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         msg = (
-            f"Expected labelled images of every class, but class {names[missing[0]]!r} ({missing[0]} of {len(names)} "
-            f"classes) has none{others}. {remedy}. Images of each class: {histogram}."
+            f"Expected {wanted}, but class {names[missing[0]]!r} ({missing[0]} of {len(names)} classes) {has}{others}. "
+            f"{remedy}. Images of each class: {histogram(names, counts.tolist())}."
         )
         raise ValueError(msg)
     return counts

@@ -97,10 +97,10 @@ def test_the_same_labels_are_the_same_bytes(tmp_path: Path) -> None:
 def test_a_writer_that_is_killed_leaves_nothing_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, rows(), Origin(_NAMES))
 
-    def killed(path: Path, data: object) -> None:
+    def killed(head: object, matrices: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("datamodules.pseudo_labels.write_json_atomically", killed)
+    monkeypatch.setattr("datamodules.pseudo_labels.manifest_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, replace(rows(), labels=np.zeros(9, dtype=np.int64)), Origin(_NAMES))
     with pytest.raises(FileNotFoundError, match=r"has no manifest\.json: it is not finished; label the images first"):
