@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from callbacks.drawn_sheet import class_rows, shown_classes
+from callbacks.fit_end import image_progress
 from callbacks.picture import EvalSplit, Picture, class_name, lacks_method, require_positive
 from callbacks.reference_features import Extracts, RealImages, Reference, ReferenceSplit, reference_features
-from callbacks.sampling import Draws, drawing, drawing_progress
+from callbacks.sampling import Draws, drawing
 from datamodules.synthetic_images import DrawRequest, SamplerName
 
 
@@ -301,7 +302,7 @@ class GenerationMetrics(Picture):
         first: list[tuple[Tensor, Tensor]] = []
         wanted = self.shown * len(request.counts)
         count = sum(len(request.seeds(block)) for block in blocks)
-        progress = drawing_progress(trainer, "images to measure", count)
+        progress = image_progress(trainer, "drawing images to measure", count)
         with drawing(trainer, pl_module, type(self)) as draw, progress as advance:
             for block in blocks:
                 found = draw(request.batch(block))

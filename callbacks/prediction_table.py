@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
+from callbacks.gathering import gathered_rows
 from callbacks.mask_writer import flat_loaders
 from callbacks.picture import class_name
 from datamodules.atomic import write_atomically
@@ -106,7 +107,7 @@ class PredictionTable(BasePredictionWriter):
         columns = [(index + first)[:, None], prediction["label"][:, None], prediction["confidence"][:, None]]
         if self.write_probabilities:
             columns.append(prediction["probabilities"])
-        # Doubles hold every row and class number, and every probability, as it is.
+        # Doubles, as numbers of rows are no floats.
         rows = torch.cat([column.detach().cpu().double() for column in columns], 1)
         self._found.append(rows[index >= 0])
 
@@ -117,7 +118,7 @@ class PredictionTable(BasePredictionWriter):
             trainer: The trainer.
             pl_module: The module that predicted.
         """
-        found, self._found = self._everywhere(trainer, pl_module.device), []
+        found, self._found = gathered_rows(trainer, self._found, pl_module.device), []
         if not trainer.is_global_zero:
             return
         names = [name for group in self._names for name in group]
@@ -131,20 +132,6 @@ class PredictionTable(BasePredictionWriter):
             writer.writerow([*told, *(f"{value:.6f}" for value in (confidence, *probabilities))])
         write_atomically(self.output_dir / _FILE, text.getvalue().encode())
         rank_zero_info(f"PredictionTable: {len(found)} predictions written to {self.output_dir / _FILE}")
-
-    def _everywhere(self, trainer: pl.Trainer, device: torch.device) -> Tensor:
-        """Rows [N, 3 or 3 + K] of all processes, in the order of the data."""
-        own = torch.cat(self._found) if self._found else torch.zeros(0, 3, dtype=torch.double)
-        # Processes may have different numbers of images, or none, and all have to send equally much.
-        rows, columns = (
-            int(trainer.strategy.reduce(torch.tensor(size, device=device), reduce_op="max")) for size in own.shape
-        )
-        padded = torch.full((rows, columns), -1.0, dtype=torch.double)
-        padded[: len(own), : own.shape[1]] = own
-        if trainer.world_size > 1:
-            padded = trainer.strategy.all_gather(padded.to(device)).cpu().flatten(0, -2)
-        real = padded[padded[:, 0] >= 0]
-        return real[real[:, 0].argsort(stable=True)]
 
 
 def _names(loader: object) -> Sequence[str]:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import BasePredictionWriter, Timer
+from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
 
-from callbacks import sampling
+from callbacks import fit_end, sampling
 from callbacks.drawn_sheet import class_sheet, pair_sheet
 from callbacks.picture import image_sink, lacks_method
 from datamodules.synthetic_images import SHARDS_ABOVE, Drawing, DrawRequest, Origin, weights_sha256
@@ -99,7 +99,7 @@ class SyntheticImageWriter(BasePredictionWriter):
                 "both keep a manifest.json there. Give a folder below it."
             )
             raise ValueError(msg)
-        if not _is_dry(trainer):
+        if not fit_end.is_dry(trainer):
             # Not the weights: they are not what they are going to be, and hashing them takes a while.
             origin = self._origin_of(trainer, pl_module, self.request, weights="")
             known = origin.identity()
@@ -136,8 +136,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         self._trained = self._known_to_data(trainer)
         if self.request is None or not isinstance(pl_module, sampling.Draws):
             return
-        if _is_dry(trainer) or _is_out_of_time(trainer):
-            why = "a dry run" if _is_dry(trainer) else "max_time is over: go on with the fit first"
+        if (why := fit_end.why_not(trainer)) is not None:
             rank_zero_info(f"{self._name}: nothing is drawn ({why}).")
             return
         drawing = Drawing(self.output_dir, self.request, self.shards_above)
@@ -145,7 +144,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         self._left = _count(drawing, drawing.missing())
         self._begin(drawing, origin)
         own = drawing.missing(trainer.global_rank, trainer.world_size)
-        progress = sampling.drawing_progress(trainer, self.request.noun, _count(drawing, own))
+        progress = fit_end.image_progress(trainer, f"drawing {self.request.noun}", _count(drawing, own))
         with sampling.drawing(trainer, pl_module, type(self)) as draw, progress as advance:
             for block in own:
                 drawing.write(block, draw(self.request.batch(block)), origin.num_classes)
@@ -168,7 +167,7 @@ class SyntheticImageWriter(BasePredictionWriter):
         super().setup(trainer, pl_module, stage)
         self._asked, self._origin, self._begun = None, None, False
         data = getattr(trainer, "datamodule", None)
-        if stage != "predict" or _is_dry(trainer) or not isinstance(data, AsksForImages):
+        if stage != "predict" or fit_end.is_dry(trainer) or not isinstance(data, AsksForImages):
             return
         self._asked = Drawing(self.output_dir, data.request, self.shards_above)
         self._asked.require({"request": data.request.description()})
@@ -234,7 +233,7 @@ class SyntheticImageWriter(BasePredictionWriter):
             request = self._asked.request
             block = request.block_of(int(batch["seed"][0]))
             self._asked.write(block, prediction, self._num_classes(trainer))
-        elif isinstance(batch, Mapping) and "seed" in batch and not _is_dry(trainer):
+        elif isinstance(batch, Mapping) and "seed" in batch and not fit_end.is_dry(trainer):
             msg = (
                 f"Expected requests for images to come from a datamodule with `request` and `leave_out(blocks)`, got "
                 f"{type(getattr(trainer, 'datamodule', None)).__name__}; use SamplingDataModule."
@@ -270,13 +269,11 @@ class SyntheticImageWriter(BasePredictionWriter):
 
     def _known_to_data(self, trainer: pl.Trainer) -> dict[str, Any]:
         data = getattr(trainer, "datamodule", None)
-        records = [getattr(callback, "record", None) for callback in getattr(trainer, "callbacks", ())]
-        hashes = [r["config_hash"] for r in records if isinstance(r, Mapping) and "config_hash" in r]
         return {
             "class_names": getattr(data, "class_names", None) or None,
             "fingerprint": getattr(data, "fingerprint", None) or None,
             "images_fingerprint": getattr(data, "images_fingerprint", None) or None,
-            "config_hash": hashes[0] if hashes else None,
+            "config_hash": fit_end.config_hash(trainer),
         }
 
     def _origin_of(
@@ -345,12 +342,3 @@ class SyntheticImageWriter(BasePredictionWriter):
 
 def _count(drawing: Drawing, blocks: Collection[int]) -> int:
     return sum(len(drawing.request.seeds(block)) for block in blocks)
-
-
-def _is_dry(trainer: pl.Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def _is_out_of_time(trainer: pl.Trainer) -> bool:
-    timers = [callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, Timer)]
-    return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)

@@ -389,7 +389,7 @@ def test_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         screens.append(io.StringIO())
         return Console(file=screens[-1], force_terminal=stderr, width=120)
 
-    monkeypatch.setattr("callbacks.sampling.Console", console)
+    monkeypatch.setattr("callbacks.fit_end.Console", console)
     fit(tmp_path / "shown", Painter(seconds=0.05), enable_progress_bar=True)
     fit(tmp_path / "hidden")
     shown, hidden = (screen.getvalue() for screen in screens)
