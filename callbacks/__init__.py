@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from callbacks.confusion_matrix import ConfusionMatrix
+    from callbacks.dual_pseudo_report import DualPseudoReport
     from callbacks.generation_metrics import GenerationMetrics
     from callbacks.image_grid import DenoisingGrid, SegmentationGrid
     from callbacks.mask_writer import MaskWriter
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfusionMatrix",
     "DenoisingGrid",
+    "DualPseudoReport",
     "GenerationMetrics",
     "MaskWriter",
     "MetricsReport",
@@ -44,6 +46,7 @@ __all__ = [
 _HOMES = {
     "ConfusionMatrix": "callbacks.confusion_matrix",
     "DenoisingGrid": "callbacks.image_grid",
+    "DualPseudoReport": "callbacks.dual_pseudo_report",
     "GenerationMetrics": "callbacks.generation_metrics",
     "MaskWriter": "callbacks.mask_writer",
     "MetricsReport": "callbacks.metrics_report",

@@ -67,7 +67,7 @@ def draw_class_matrix(
     matrix = Image.fromarray(_colors(values)).resize((side, side), Image.Resampling.NEAREST)
     if named:
         _write_values(matrix, values, cell, write)
-    shown = [_shortened(name) for name in names] if named else ["0", str(classes - 1)]
+    shown = [shortened(name) for name in names] if named else ["0", str(classes - 1)]
     labels = max(_font(13).getlength(name) for name in shown)
     left, top = round(2 * _MARGIN + 18 + labels), 3 * _MARGIN + 6
     width = max(left + side, round(_font(15).getlength(headline)), left + 360) + _MARGIN
@@ -78,7 +78,7 @@ def draw_class_matrix(
     draw.rectangle((left - 1, top - 1, left + side, top + side), outline=_INK)
     middles = [(k + 0.5) * cell for k in range(classes)] if named else [4.0, side - 5.0]
     _write_names(picture, shown, middles, (left, top, side))
-    _write_upwards(picture, _MARGIN + 6, top + side / 2, rows, 14, centred=True)
+    write_upwards(picture, _MARGIN + 6, top + side / 2, rows, 14, centred=True)
     below = round(top + side + labels + 14)
     draw.text((left + side / 2, below), columns, fill=_INK, font=_font(14), anchor="ma")
     _draw_legend(draw, left, below + 34, legend)
@@ -121,11 +121,20 @@ def _write_names(
     draw = ImageDraw.Draw(picture)
     for middle, name in zip(middles, names, strict=True):
         draw.text((left - 6, top + middle), name, fill=_INK, font=_font(13), anchor="rm")
-        _write_upwards(picture, left + middle, top + side + 6, name, 13)
+        write_upwards(picture, left + middle, top + side + 6, name, 13)
 
 
-def _write_upwards(picture: Image.Image, x: float, y: float, text: str, size: int, centred: bool = False) -> None:
-    """Text turned by 90 degrees around a middle at x: below y, or with its middle there."""
+def write_upwards(picture: Image.Image, x: float, y: float, text: str, size: int, centred: bool = False) -> None:
+    """Write text turned by 90 degrees.
+
+    Args:
+        picture: Where to; it is changed.
+        x: Its middle.
+        y: Its upper end, or its middle if `centred`.
+        text: One line.
+        size: Of the letters.
+        centred: What y is.
+    """
     font = _font(size)
     x0, _, x1, _ = font.getbbox(text)
     ascent, descent = font.getmetrics() if isinstance(font, ImageFont.FreeTypeFont) else (size, 0)
@@ -149,8 +158,12 @@ def _draw_legend(draw: ImageDraw.ImageDraw, left: int, top: int, legend: str) ->
         draw.text((left + 190 * tick**0.5, top + 34), f"{tick:.0%}", fill=_INK, font=_font(10), anchor="ma")
 
 
-def _shortened(name: str) -> str:
-    """The middle gives way: names of one kind often differ at their ends."""
+def shortened(name: str) -> str:
+    """Shorten a name to 18 letters: the middle gives way, as names of one kind often differ at their ends.
+
+    Args:
+        name: The name.
+    """
     keep = (_LONGEST_NAME - 1) // 2
     return name if len(name) <= _LONGEST_NAME else f"{name[:keep]}…{name[-keep:]}"
 

@@ -43,7 +43,7 @@ def print_metrics_table(
     for metric in names:
         if metric not in of_classes:
             table.add_row(metric, *(_cell(values, metric) for values in runs.values()))
-    _print(table, console)
+    print_table(table, console)
     if of_classes:
         _print_classes(runs, of_classes, class_names, console)
 
@@ -67,14 +67,20 @@ def _print_classes(
     for k in classes:
         label = class_names[k] if k < len(class_names) else str(k)
         table.add_row(escape(label), *(_cell(runs[run], f"{metric}/{k}") for metric, run in columns))
-    _print(table, console)
+    print_table(table, console)
 
 
 def _cell(values: Mapping[str, float], metric: str) -> str:
     return f"{values[metric]:.4f}" if metric in values else "-"
 
 
-def _print(table: Table, console: Console) -> None:
+def print_table(table: Table, console: Console) -> None:
+    """Print a table as wide as it needs to be, unless a terminal has an edge.
+
+    Args:
+        table: The table.
+        console: Where to print.
+    """
     if not console.is_terminal:  # a log file has no edge to wrap at
         unbounded = console.options.update(max_width=10_000)
         console.width = max(console.width, console.measure(table, options=unbounded).maximum)
@@ -167,10 +173,27 @@ class MetricsReport(pl.Callback):
         if not trainer.is_global_zero or not metrics:
             return
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
-        print_metrics_table({**self.other_runs, self.run_name: metrics}, class_names=[str(name) for name in names])
-        self._log_hyperparameters(trainer, pl_module, metrics)
+        logged, kept = self.show(trainer, metrics, [str(name) for name in names])
+        self._log_hyperparameters(trainer, pl_module, metrics | logged)
         if folder is not None:
-            _merge(Path(folder) / self.file_name, metrics)
+            _merge(Path(folder) / self.file_name, {**metrics, **logged, **kept})
+
+    def show(
+        self, trainer: pl.Trainer, metrics: Mapping[str, float], class_names: Sequence[str]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Print the tables; called by one process.
+
+        Args:
+            trainer: The trainer.
+            metrics: Metrics of the evaluation.
+            class_names: Names of the classes; empty where nobody knows them.
+
+        Returns:
+            More numbers by name to log and to keep in the file, and more for the file alone.
+        """
+        del trainer  # for reports that say more
+        print_metrics_table({**self.other_runs, self.run_name: metrics}, class_names=class_names)
+        return {}, {}
 
     def _log_hyperparameters(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float]
