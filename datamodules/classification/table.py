@@ -15,7 +15,7 @@ import pyarrow.parquet
 from datamodules.atomic import write_atomically
 from datamodules.classification.contents import UNKNOWN, Contents, ImageSource, Role, check_labels
 from datamodules.loading import resolve_root
-from datamodules.segmentation.pairs import Problem
+from datamodules.segmentation.pairs import Problem, list_files, relative_key
 
 _ROLES = ("train", "val", "test")
 
@@ -31,18 +31,26 @@ class TableSource(ImageSource):
         root: Folder that relative paths are below; None for the folder of the table.
         class_names: Names of the classes in the order of their ids; None takes those in the table, sorted.
         grey: Read the images as grey ones.
+        unlisted: Take the images in `root`, nested folders included, that the table does not list for unlabelled ones:
+            then it may be a short list of those that have a label.
     """
 
     layout = "path,label,split\nimages/1.png,cat,train\nimages/2.png,,train (no label)\nimages/3.png,dog,test"
 
     def __init__(
-        self, table: str, root: str | None = None, class_names: Sequence[str] | None = None, grey: bool = False
+        self,
+        table: str,
+        root: str | None = None,
+        class_names: Sequence[str] | None = None,
+        grey: bool = False,
+        unlisted: bool = False,
     ) -> None:
         """Look at nothing yet."""
         self.table = table
         self.root = root
         self._given_names = None if class_names is None else tuple(class_names)
         self.image_channels = 1 if grey else 3
+        self.unlisted = unlisted
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -100,7 +108,15 @@ class TableSource(ImageSource):
                 seen.add(file)
         keys = [columns["path"][row] for row in rows]
         roles = cast("list[Role]", [columns["split"][row] for row in rows])
-        return Contents(keys, labels[rows], roles, paths=[root / key for key in keys], problems=problems)
+        paths = [root / key for key in keys]
+        if self.unlisted:
+            others = [path for path in list_files(root) if os.path.normpath(path) not in seen]
+            keys += [relative_key(root, path) for path in others]
+            roles += ["train"] * len(others)
+            paths += others
+        known = np.full(len(keys), UNKNOWN)
+        known[: len(rows)] = labels[rows]
+        return Contents(keys, known, roles, paths=paths, problems=problems)
 
     def _id(self, label: str) -> int:
         if not label:

@@ -123,6 +123,17 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
     assert data.counts["test"] == 1
 
 
+def test_a_list_of_labels_beside_images_that_it_does_not_name(tmp_path: Path) -> None:
+    for number in range(1, 6):
+        picture(tmp_path / ("1.png" if number == 1 else f"deep/{number}.png"), number)
+    (tmp_path / "labels.csv").write_text("path,label,split\n./deep/3.png,b,\n1.png,a,\ndeep/5.png,a,test\n")
+    data = setup(TableSource(str(tmp_path / "labels.csv"), unlisted=True))
+    assert swept(data) == [(3, 1), (1, 0), (2, -1), (4, -1)]
+    assert data.counts["test"] == 1
+    listed = setup(TableSource(str(tmp_path / "labels.csv")))
+    assert swept(listed) == [(3, 1), (1, 0)]
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
