@@ -106,16 +106,27 @@ def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     return tiny_trainer(Path(), callbacks=list(callbacks), **options)
 
 
-def fit(folder: Path, module: pl.LightningModule | None = None, request: DrawRequest = REQUEST, **options: Any) -> None:
+def fit(
+    folder: Path,
+    module: pl.LightningModule | None = None,
+    request: DrawRequest = REQUEST,
+    shards_above: int | None = None,
+    **options: Any,
+) -> None:
     """Train for a step, then draw."""
-    trainer(SyntheticImageWriter(str(folder), request), **options).fit(module or painter(request), Ones())
+    writer = SyntheticImageWriter(str(folder), request, shards_above)
+    trainer(writer, **options).fit(module or painter(request), Ones())
 
 
 def predict(
-    folder: Path, module: pl.LightningModule | None = None, request: DrawRequest = REQUEST, **options: Any
+    folder: Path,
+    module: pl.LightningModule | None = None,
+    request: DrawRequest = REQUEST,
+    shards_above: int | None = None,
+    **options: Any,
 ) -> SyntheticImageWriter:
     """Draw for requests; without a checkpoint nothing is known of the training."""
-    writer = SyntheticImageWriter(str(folder))
+    writer = SyntheticImageWriter(str(folder), shards_above=shards_above)
     data = SamplingDataModule(
         request.num_images,
         2,

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from callbacks import SyntheticImageWriter
+from callbacks.drawn_sheet import class_sheet
 from datamodules import DrawRequest, SamplingDataModule
 from datamodules.synthetic_images import read, weights_sha256
 
@@ -78,21 +79,28 @@ def test_files_and_what_they_say(undisturbed: Path) -> None:
     assert manifest["request"]["num_steps"] == 4
 
 
-@pytest.mark.parametrize(("run", "request_", "ground"), [(fit, REQUEST, 0.25), (predict, CLASSES, 0.375)])
+@pytest.mark.parametrize(
+    ("run", "request_", "ground", "above", "place"),
+    [
+        (fit, REQUEST, 0.25, None, "images"),
+        (predict, CLASSES, 0.375, None, "square"),
+        (predict, CLASSES, 0.375, 0, "shards"),
+    ],
+)
 def test_a_kill_while_drawing_and_the_same_command_give_the_same_files(
-    tmp_path: Path, run: Callable[..., object], request_: DrawRequest, ground: float
+    tmp_path: Path, run: Callable[..., object], request_: DrawRequest, ground: float, above: int | None, place: str
 ) -> None:
     folder = tmp_path / "drawn"
-    run(tmp_path / "undisturbed", request=request_)
-    done = killed(folder, request_.num_blocks, run, folder, painter(request_, ground, seconds=0.15), request_)
-    # As a kill inside a write would have left them: an image without its part, and a temporary.
-    place = "square" if request_.has_classes else "images"
+    run(tmp_path / "undisturbed", request=request_, shards_above=above)
+    done = killed(folder, request_.num_blocks, run, folder, painter(request_, ground, seconds=0.15), request_, above)
+    # As a kill inside a write would have left them: an image or a shard without its part, and a temporary.
     first_missing = next(s for s in request_.seeds(done) if not request_.has_classes or request_.label(s) == 1)
-    (folder / f"{place}/{first_missing:09d}.png").write_bytes(b"half")
+    half = f"{done:06d}.tar" if place == "shards" else f"{first_missing:09d}.png"
+    (folder / place / half).write_bytes(b"half")
     (folder / place / f".{'0' * 32}.tmp").write_bytes(b"half")
 
     again = painter(request_, ground)
-    run(folder, again, request_)
+    run(folder, again, request_, above)
     assert files(folder) == files(tmp_path / "undisturbed")
     assert not [path for path in folder.rglob("*") if path.is_dir() and path.name == "parts"]
     drawn = [asked["seed"] for asked in again.asked[1 if run is fit else 0 :]]  # a fit begins with a trial
@@ -104,11 +112,15 @@ def test_two_processes_draw_what_one_draws(tmp_path: Path, undisturbed: Path) ->
     fit(tmp_path / "fit", Painter(0.25), **two)
     assert files(tmp_path / "fit") == files(undisturbed)
     # 11 images in blocks of 8: one process has more to do than the other; in blocks of 16 one has nothing to do.
-    for kind, size in ((REQUEST, 8), (REQUEST, 16), (CLASSES, 4)):
+    for kind, size, above in ((REQUEST, 8, 0), (REQUEST, 16, None), (CLASSES, 4, None), (CLASSES, 3, 0)):
         request = replace(kind, batch_size=size)
-        predict(tmp_path / f"one{size}", request=request)
-        predict(tmp_path / f"two{size}", request=request, **two)
+        predict(tmp_path / f"one{size}", request=request, shards_above=above)
+        predict(tmp_path / f"two{size}", request=request, shards_above=above, **two)
         assert files(tmp_path / f"two{size}") == files(tmp_path / f"one{size}")
+    loose, packed = (read(tmp_path / place, "classes") for place in ("two4", "two3"))
+    assert [row.seed for row in packed.rows] == sorted([*range(3, 17, 2), *range(4, 12, 2)])
+    assert [packed.bytes_of(row) for row in packed.rows] == [loose.bytes_of(row) for row in loose.rows]
+    assert packed.manifest["shards"] == 4
 
 
 class Killed(Exception):
@@ -153,13 +165,38 @@ def test_fit_and_predict_draw_the_same_pairs(tmp_path: Path, undisturbed: Path) 
 class Recorded(pl.Callback):
     """What `lightning fit` adds to every checkpoint."""
 
-    def __init__(self) -> None:
+    def __init__(self, **more: str) -> None:
         self.record = {"config_hash": "c" * 64}
+        self.more = more
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint |= self.record | {"fingerprint": "f" * 64}
+        checkpoint |= self.record | {"fingerprint": "f" * 64} | self.more
+
+
+class Relabelled(Ones):
+    """Its images are known by themselves, too, as those of a ClassificationDataModule."""
+
+    images_fingerprint = "i" * 64
+
+
+@pytest.mark.parametrize(("request_", "expected"), [(CLASSES, "i" * 64), (REQUEST, "f" * 64)])
+def test_images_of_classes_belong_to_images_and_pairs_to_their_split(
+    tmp_path: Path, request_: DrawRequest, expected: str
+) -> None:
+    writer = SyntheticImageWriter(str(tmp_path / "fitted"), request_)
+    saver = ModelCheckpoint(tmp_path, filename="last")
+    recorded = Recorded(images_fingerprint="i" * 64)
+    trainer(writer, saver, recorded, enable_checkpointing=True).fit(painter(request_), Relabelled())
+    known: dict[str, Any] = {"num_steps": 4, "class_names": ["background", "square"]}
+    data = SamplingDataModule(
+        request_.num_images, 2, 6, 3, 2, images_per_class=request_.images_per_class, guidance=request_.guidance, **known
+    )
+    again = SyntheticImageWriter(str(tmp_path / "predicted"))
+    trainer(again).predict(painter(request_), data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert files(tmp_path / "predicted") == files(tmp_path / "fitted")
+    assert json.loads((tmp_path / "fitted/manifest.json").read_text())["fingerprint"] == expected
 
 
 def test_a_checkpoint_says_what_was_trained_on(tmp_path: Path) -> None:
@@ -408,6 +445,9 @@ def test_from_yaml(tmp_path: Path) -> None:
     assert isinstance(writer, SyntheticImageWriter)
     assert writer.request == DrawRequest(5, 8, sampler="ancestral")
     assert writer.output_dir == Path("pairs")
+    assert writer.shards_above == 50_000
+    with pytest.raises(ValueError, match=r"`shards_above` to be at least 0, or left empty .*, but got -1"):
+        SyntheticImageWriter("pairs", shards_above=-1)
     arguments["request"] = {"num_images": 5, "image_size": 8, "sampler": "magic"}
     with pytest.raises(SystemExit):
         parser.parse_object(config)
@@ -419,6 +459,10 @@ def test_images_of_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         fit(tmp_path / "drawn", request=CLASSES, logger=logger)
     folders = {"background": range(3, 17, 2), "square": range(4, 12, 2)}
     names = [f"{folder}/{seed:09d}.png" for folder, seeds in folders.items() for seed in seeds]
+    packed = tmp_path / "packed"
+    fit(packed, request=CLASSES, shards_above=10)
+    assert sorted(files(packed)) == ["manifest.json", "metadata.parquet", *(f"shards/{b:06d}.tar" for b in range(6))]
+    assert np.array_equal(class_sheet(packed), class_sheet(tmp_path / "drawn"))
     assert sorted(files(tmp_path / "drawn")) == sorted([*names, "manifest.json", "metadata.parquet"])
     for label, (folder, seeds) in enumerate(folders.items()):
         for seed in seeds:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from cli_runs import smaller
 from drawing_runs import files, killed
+import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
@@ -104,6 +105,11 @@ def test_a_kill_while_digits_are_drawn_loses_and_doubles_none(fitted: Path, aske
     assert asked == blocks[done:]
     assert files(fitted / "killed") == files(fitted / "whole")
     _require_whole(fitted / "killed", 100_000)
+    # Both know the images that were trained on: one from the data, one from the checkpoint.
+    run = fitted / "runs/tdsm_digits"
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    origins = {read(folder, "classes").manifest["fingerprint"] for folder in (run / "images", fitted / "whole")}
+    assert origins == {checkpoint["images_fingerprint"]} != {checkpoint["fingerprint"]}
 
 
 @pytest.mark.slow

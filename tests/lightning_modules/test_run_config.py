@@ -51,6 +51,7 @@ def no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         {"trainer__enable_progress_bar": False},
         {"ckpt_path": "last"},
         {"trainer__callbacks": [{"class_path": "C", "init_args": {"output_dir": "elsewhere"}}]},
+        {"trainer__callbacks": [{"class_path": "C", "init_args": {"output_dir": "x", "shards_above": 0}}]},
     ],
 )
 def test_what_does_not_change_the_result_does_not_change_the_hash(change: dict[str, Any]) -> None:
