@@ -249,7 +249,9 @@ def _print_classes(
     title = "Pseudo-labels of images that people did not label, by class, in %"
     if len(shown) > _MOST_CLASSES:
         shown = _most_changed(scores, len(shown))
-        title += f": the {len(shown)} of {len(class_names)} classes that changed most; all are in the file of metrics"
+        which = f"{len(shown)} of {len(class_names)} classes"
+        which = f"the {which} that changed most" if all(scores.values()) else f"the first {which}"
+        title += f": {which}; all are in the file of metrics"
     table = Table()
     table.add_column("class", overflow="fold")
     for measure in ("pseudo-labels", "precision", "recall"):
@@ -265,7 +267,7 @@ def _print_classes(
 
 
 def _most_changed(scores: Mapping[str, PseudoLabelScores | None], classes: int) -> list[int]:
-    """The classes whose precision and recall changed most, in sum; ties by number. First ones if nobody knows."""
+    """The classes whose precision and recall changed most, in sum; the first ones where nobody knows."""
     before, after = (scores[time] for time in _TIMES)
     change = np.zeros(classes)
     if before is not None and after is not None:

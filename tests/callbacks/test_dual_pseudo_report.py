@@ -230,12 +230,17 @@ def test_of_many_classes_those_that_changed_most(tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert "the 10 of 30 classes that changed most" in out
     shown = [name for name in lines(out) if name.startswith("class ")]
-    # Class 0 lost most precision; the next ones lost half of their recall each.
+    # Class 0 gains 15 of 17 in precision, each of the next ones half of its recall.
     assert shown == ["class 0", *(f"class {k}" for k in range(5, 14))]
     kept = json.loads((tmp_path / "metrics.json").read_text())
     assert kept["summary/pseudo_recall_before/19"] == 0.5
     assert kept["summary/pseudo_recall_after/29"] == 1.0
     assert kept["summary/pseudo_precision_before/0"] == pytest.approx(2 / 17)
+    report.before = None
+    tiny_trainer(tmp_path, callbacks=[report]).test(Scored(), Data(truth, names))
+    out = capsys.readouterr().out
+    assert "the first 10 of 30 classes" in out
+    assert [name for name in lines(out) if name.startswith("class ")] == names[:10]
 
 
 def test_a_second_round_is_compared_with_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
