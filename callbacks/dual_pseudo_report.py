@@ -9,7 +9,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from rich.console import Console
 from rich.markup import escape
@@ -109,12 +108,12 @@ class DualPseudoReport(MetricsReport):
         """Print the tables; called by one process.
 
         Args:
-            trainer: The trainer; its metrics get the numbers of the summary as well.
+            trainer: The trainer.
             metrics: Metrics of the evaluation.
             class_names: Names of the classes; empty where nobody knows them.
 
         Returns:
-            Numbers of the summary by name to log and to keep in the file, and those of single classes for the file.
+            Numbers of the summary by name, and those of single classes for the file alone.
         """
         # Of this run alone: a column for each stage would be too wide to read.
         print_metrics_table({self.run_name: metrics}, class_names=class_names)
@@ -131,8 +130,6 @@ class DualPseudoReport(MetricsReport):
         if any(scores.values()):
             _print_classes(scores, class_names, console)
         numbers = _role_numbers(roles) | generated | _pseudo_numbers(scores)
-        # The command line writes them into the manifest of the run.
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
         self._draw(trainer, roles, scores, class_names)
         return numbers, _class_numbers(scores)
 

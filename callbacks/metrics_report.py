@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.trainer.states import TrainerFn
 from rich.console import Console
@@ -168,12 +169,15 @@ class MetricsReport(pl.Callback):
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Both may talk to the other processes, so all of them ask before all but one leave.
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        found = trainer.callback_metrics
+        metrics = {name: float(value) for name, value in found.items()}
         folder = trainer.log_dir
         if not trainer.is_global_zero or not metrics:
             return
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
         logged, kept = self.show(trainer, metrics, [str(name) for name in names])
+        # The trainer's own, which the command line writes into the manifest of the run.
+        found.update({name: torch.tensor(value) for name, value in logged.items()})
         self._log_hyperparameters(trainer, pl_module, metrics | logged)
         if folder is not None:
             _merge(Path(folder) / self.file_name, {**metrics, **logged, **kept})
@@ -189,7 +193,8 @@ class MetricsReport(pl.Callback):
             class_names: Names of the classes; empty where nobody knows them.
 
         Returns:
-            More numbers by name to log and to keep in the file, and more for the file alone.
+            More numbers by name, which are logged, kept in the file and added to the trainer's metrics; and more for
+            the file alone.
         """
         del trainer  # for reports that say more
         print_metrics_table({**self.other_runs, self.run_name: metrics}, class_names=class_names)
