@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from callbacks.metrics_report import MetricsReport, print_metrics_table
     from callbacks.prediction_table import PredictionTable
     from callbacks.pseudo_label_grid import PseudoLabelGrid
+    from callbacks.pseudo_label_writer import PseudoLabelWriter
     from callbacks.reconstruction_grid import ReconstructionGrid
     from callbacks.reliability_diagram import ReliabilityDiagram
     from callbacks.stage_transition import StageTransition
@@ -32,6 +33,7 @@ __all__ = [
     "MetricsReport",
     "PredictionTable",
     "PseudoLabelGrid",
+    "PseudoLabelWriter",
     "ReconstructionGrid",
     "ReliabilityDiagram",
     "SegmentationGrid",
@@ -52,6 +54,7 @@ _HOMES = {
     "MetricsReport": "callbacks.metrics_report",
     "PredictionTable": "callbacks.prediction_table",
     "PseudoLabelGrid": "callbacks.pseudo_label_grid",
+    "PseudoLabelWriter": "callbacks.pseudo_label_writer",
     "ReconstructionGrid": "callbacks.reconstruction_grid",
     "ReliabilityDiagram": "callbacks.reliability_diagram",
     "SegmentationGrid": "callbacks.image_grid",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,19 @@ class Origin:
     selection: Mapping[str, Any] | None = None
     confusion: Matrix | None = None
     expected_confusion: Matrix | None = None
+
+    def with_expected(self, confusion: Matrix) -> "Origin":
+        """Return it with an `expected_confusion`, which is known only with the labels."""
+        return replace(self, expected_confusion=confusion)
+
+    def made(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether a manifest is of pseudo-labels made from this; `expected_confusion` follows from the rest.
+
+        Args:
+            manifest: The manifest.
+        """
+        known = json.loads(json.dumps({**self.head(), "confusion": self.matrices()["confusion"]}))
+        return all(name in manifest and manifest[name] == value for name, value in known.items())
 
     def head(self) -> dict[str, Any]:
         """Return what the manifest says of it, as JSON has it; matrices apart."""
@@ -84,6 +97,42 @@ def manifest_bytes(head: Mapping[str, Any], matrices: Mapping[str, list[list[flo
         rows = "null" if matrix is None else "[\n    " + ",\n    ".join(map(json.dumps, matrix)) + "\n  ]"
         entries.append(f"  {json.dumps(name)}: {rows}")
     return (",\n".join(entries) + "\n}\n").encode()
+
+
+def read_confusion(path: str | Path, num_classes: int) -> npt.NDArray[np.float64]:
+    """Read a confusion matrix.
+
+    Args:
+        path: JSON file with K rows (classes) of K counts (labels), or with an entry `confusion` that is such a table,
+            as the manifest of pseudo-labels has.
+        num_classes: Classes K.
+
+    Returns:
+        The counts [K, K].
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds something else.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        msg = f"Expected `confusion` to be a JSON file, but there is none at {path.absolute()}; write the counts first."
+        raise FileNotFoundError(msg)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    value = value.get("confusion") if isinstance(value, dict) else value
+    wrong = "holds none" if value is None else _not_counts(value, num_classes)
+    if wrong is None and not np.any(value):
+        wrong = "counts no image"
+    if wrong:
+        msg = (
+            f"Expected `confusion` to be a JSON file with {num_classes} rows (classes) of {num_classes} counts "
+            f"(labels), or the manifest of pseudo-labels that has them, but {path} {wrong}."
+        )
+        raise ValueError(msg)
+    return np.asarray(value, dtype=np.float64)
 
 
 def check_manifest(manifest: Mapping[str, Any], counts: Mapping[str, Any], path: Path) -> None:

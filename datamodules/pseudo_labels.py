@@ -22,9 +22,21 @@ import pyarrow.parquet as pq
 
 from datamodules.artifact_files import MANIFEST, listed, parquet_bytes, read_json, read_manifest
 from datamodules.atomic import write_atomically
-from datamodules.pseudo_label_origin import Origin, check_manifest, manifest_bytes
+from datamodules.pseudo_label_origin import Origin, check_manifest, manifest_bytes, read_confusion
 
-__all__ = ["KIND", "SPLITS", "LabelTable", "Origin", "PseudoLabels", "histogram", "read", "write"]
+__all__ = [
+    "KIND",
+    "SPLITS",
+    "LabelTable",
+    "Origin",
+    "PseudoLabels",
+    "histogram",
+    "is_written",
+    "read",
+    "read_confusion",
+    "require_free",
+    "write",
+]
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -136,6 +148,35 @@ class PseudoLabels:
         return found
 
 
+def require_free(folder: str | Path) -> None:
+    """Refuse a folder to write to that holds something else.
+
+    Args:
+        folder: The folder, which need not exist.
+
+    Raises:
+        ValueError: It has the manifest of something else.
+    """
+    folder = Path(folder).expanduser()
+    manifest = folder / MANIFEST
+    if manifest.is_file() and (kind := read_json(manifest, "folder").get("kind")) != KIND:
+        msg = f"Expected a folder of its own for pseudo-labels, but {folder} holds a {kind!r}; choose another folder."
+        raise ValueError(msg)
+
+
+def is_written(folder: str | Path, origin: Origin) -> bool:
+    """Whether a folder holds finished pseudo-labels of an origin, undamaged.
+
+    Args:
+        folder: The folder, which need not exist.
+        origin: What they should be made from.
+    """
+    try:
+        return origin.made(read(folder).manifest)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
 def write(folder: str | Path, table: LabelTable, origin: Origin) -> None:
     """Write an artifact, or write it anew.
 
@@ -153,9 +194,7 @@ def write(folder: str | Path, table: LabelTable, origin: Origin) -> None:
     """
     folder = Path(folder).expanduser()
     manifest = folder / MANIFEST
-    if manifest.is_file() and (kind := read_json(manifest, "folder").get("kind")) != KIND:
-        msg = f"Expected a folder of its own for pseudo-labels, but {folder} holds a {kind!r}; choose another folder."
-        raise ValueError(msg)
+    require_free(folder)
     columns = _sorted(table)
     _check(columns, len(origin.class_names), f"to write into {folder}")
     matrices = origin.matrices()

@@ -50,8 +50,11 @@ def settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """
     hidden = {f"{place}.{name}".lstrip(".") for place, names in _NOT_HASHED.items() for name in names}
     flat = dict(_flat(resolved))
-    # Where a callback writes is no matter either, unless a later stage looks for it there: what was requested.
+    # Where a callback writes is no matter either, unless a later stage looks for it there: images that were requested,
+    # and pseudo-labels.
     writers = {key.split(".request")[0] for key in flat if ".request." in key}
+    classes = {key.removesuffix(".class_path"): str(value) for key, value in flat.items() if key.endswith("class_path")}
+    writers |= {f"{key}.init_args" for key, name in classes.items() if name.endswith("PseudoLabelWriter")}
     hidden |= {key for key in flat if key.endswith(".output_dir") and key.removesuffix(".output_dir") not in writers}
     # Nor in how many files drawn images lie.
     hidden |= {key for key in flat if key.endswith(".shards_above")}

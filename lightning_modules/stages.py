@@ -181,7 +181,7 @@ def _run_files(run_dir: Path) -> list[Path]:
 def _is_artifact(folder: Path) -> bool:
     """Whether a folder is what a callback of a fit made for the next one, finished or begun; another run is not."""
     manifest = (read_manifest(folder) or {}) if folder.is_dir() else {}
-    return (folder / "drawing.json").is_file() or manifest.get("kind") == "synthetic_images"
+    return (folder / "drawing.json").is_file() or manifest.get("kind") in ("pseudo_labels", "synthetic_images")
 
 
 @contextmanager
