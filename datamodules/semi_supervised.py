@@ -42,6 +42,9 @@ class SemiSupervisedDataModule(ClassificationDataModule):
     pseudo-labels only, -1 where it is not known. Images of one split are numbered from 0 (`index`). Batches to
     evaluate have "image", "label" and "index"; -1 there marks a filler.
 
+    Drawn images and pseudo-labelled ones may join the labelled images: their indices follow, drawn ones first, and
+    methods see no difference. `counts` has them under "synthetic" and "pseudo_labeled".
+
     Order and augmentation of a training batch are functions of `seed`, epoch and rank, so that a fit that goes on from
     a checkpoint sees what it would have seen.
 
@@ -285,7 +288,8 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         """Find, check and decode the images once, and choose the labelled ones.
 
         Args:
-            stage: fit, validate, test or predict; predicting a folder does not need the source.
+            stage: fit, validate, test or predict; predicting a folder does not need the source, and predicting at all
+                none of what joins the labelled images.
         """
         if stage == "predict" and self.predict_images is not None:
             if self._predict is None:
