@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lightning_modules.hybrid_segmentation import HybridSegmentation as HybridSegmentation
     from lightning_modules.latent_space import LatentSpace as LatentSpace
     from lightning_modules.ledm_segmentation import LEDMSegmentation as LEDMSegmentation
+    from lightning_modules.linear_probe import LinearProbe as LinearProbe
+    from lightning_modules.masked_siamese import MaskedSiamese as MaskedSiamese
     from lightning_modules.metrics.classification_accuracy import (
         ClassificationAccuracyScore as ClassificationAccuracyScore,
     )
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from lightning_modules.networks.noisy_resnet import NoisyResNet as NoisyResNet
     from lightning_modules.networks.timm_classifier import TimmClassifier as TimmClassifier
     from lightning_modules.networks.uvit import UViT as UViT
+    from lightning_modules.networks.vit_encoder import ViTEncoder as ViTEncoder
     from lightning_modules.networks.wide_resnet import WideResNet as WideResNet
     from lightning_modules.noisy_label_classifier import NoisyLabelClassifier as NoisyLabelClassifier
     from lightning_modules.ssl.adamatch import AdaMatch as AdaMatch
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from lightning_modules.ssl.ramps import Ramp as Ramp
     from lightning_modules.ssl.remixmatch import ReMixMatch as ReMixMatch
     from lightning_modules.ssl.schedules import CosineDecay as CosineDecay
+    from lightning_modules.ssl.schedules import WarmUpCosine as WarmUpCosine
     from lightning_modules.ssl.simmatch import SimMatch as SimMatch
     from lightning_modules.ssl.soft_pseudo_labels import SoftPseudoLabels as SoftPseudoLabels
     from lightning_modules.ssl.softmatch import SoftMatch as SoftMatch
@@ -103,7 +107,9 @@ _HOMES = {
     "LabelPropagation": "lightning_modules.ssl.label_propagation",
     "LatentSpace": "lightning_modules.latent_space",
     "LearnedTransition": "lightning_modules.diffusion.learned_transition",
+    "LinearProbe": "lightning_modules.linear_probe",
     "ManifoldMetrics": "lightning_modules.metrics.manifold",
+    "MaskedSiamese": "lightning_modules.masked_siamese",
     "MeanTeacher": "lightning_modules.ssl.mean_teacher",
     "MetaPseudoLabels": "lightning_modules.ssl.meta_pseudo_labels",
     "Method": "lightning_modules.ssl.base",
@@ -131,6 +137,8 @@ _HOMES = {
     "VAT": "lightning_modules.ssl.vat",
     "VPProcess": "lightning_modules.diffusion.vp_noise",
     "VPSDEProcess": "lightning_modules.diffusion.vp_noise",
+    "ViTEncoder": "lightning_modules.networks.vit_encoder",
+    "WarmUpCosine": "lightning_modules.ssl.schedules",
     "WideResNet": "lightning_modules.networks.wide_resnet",
     "export_checkpoint": "lightning_modules.export",
 }
@@ -169,7 +177,9 @@ __all__ = [
     "LabelPropagation",
     "LatentSpace",
     "LearnedTransition",
+    "LinearProbe",
     "ManifoldMetrics",
+    "MaskedSiamese",
     "MeanTeacher",
     "MetaPseudoLabels",
     "Method",
@@ -195,6 +205,8 @@ __all__ = [
     "VAETraining",
     "VPProcess",
     "VPSDEProcess",
+    "ViTEncoder",
+    "WarmUpCosine",
     "WideResNet",
     "export_checkpoint",
 ]

@@ -1,6 +1,7 @@
 """Read checkpoints without running what is in them, and say clearly what is wrong with one that does not fit."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.networks.pretrained import WEIGHTS_FILE, read_about, read_arguments, read_weights
+from lightning_modules.networks.tensor_files import read_tensor_file
 
 
 def load_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
@@ -27,20 +29,7 @@ def load_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
     file = Path(path)
     if file.is_dir() and argument != "ckpt_path":
         return _exported(file, argument)
-    if not file.is_file():
-        msg = (
-            f"Expected `{argument}` to be a checkpoint file, but there is none at {file} (looked in {Path.cwd()}); "
-            "run the fit that writes it first, or give the path of an existing one."
-        )
-        raise FileNotFoundError(msg)
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises whatever its zip reader and unpickler raise; all mean "not readable"
-        msg = (
-            f"Expected `{argument}` to be a checkpoint written by a fit (tensors and plain values), but {file} "
-            f"cannot be read as one: {type(error).__name__}; give a .ckpt file that was written completely."
-        )
-        raise ValueError(msg) from error
+    checkpoint = read_tensor_file(file, argument)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         msg = (
             f"Expected `{argument}` to be a Lightning checkpoint with a `state_dict`, got {type(checkpoint).__name__}"
@@ -226,3 +215,17 @@ def file_sha256(path: str | Path) -> str:
     with Path(path).open("rb") as file:
         digest: str = hashlib.file_digest(file, "sha256").hexdigest()
     return digest
+
+
+def state_sha256(state: Mapping[str, Tensor], about: str) -> str:
+    """The SHA-256 of tensors by name and of what stands beside them, as hexadecimal digits.
+
+    Args:
+        state: A state dict.
+        about: What else decides the outputs.
+    """
+    digest = hashlib.sha256(about.encode())
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

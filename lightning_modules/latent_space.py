@@ -1,6 +1,5 @@
 """The space of a frozen autoencoder, in which latent diffusion learns and draws."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.checkpoints import load_checkpoint, network_weights
+from lightning_modules.checkpoints import load_checkpoint, network_weights, state_sha256
 from lightning_modules.networks.autoencoder import KLAutoencoder, decode, draw, encode, factor_of
 from lightning_modules.networks.pretrained import CONFIG_FILE, WEIGHTS_FILE, read_weights, write_pretrained
 
@@ -214,14 +213,9 @@ class LatentSpace(nn.Module):
         It is worked out once: every checkpoint of a classifier of latents asks for it.
         """
         self.load()
-        if self._fingerprint is not None:
-            return self._fingerprint
-        config = {name: self.vae.config[name] for name in _BESIDE_WEIGHTS}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
-        for name, value in sorted(self.vae.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        self._fingerprint = digest.hexdigest()
+        if self._fingerprint is None:
+            config = {name: self.vae.config[name] for name in _BESIDE_WEIGHTS}
+            self._fingerprint = state_sha256(self.vae.state_dict(), json.dumps(config, sort_keys=True, default=list))
         return self._fingerprint
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:

@@ -23,7 +23,7 @@ _NOT_HASHED = {
         "logger",
         "profiler",
     },
-    "model.init_args": {"latent_cache"},
+    "model.init_args": {"feature_cache", "latent_cache"},
     "data.init_args": {"num_workers", "cache_megabytes", "predict_images", "predict_split"},
 }
 # What datamodules, and the sources of SemiSupervisedDataModule, look for under $FEWLIGHT_DATA.

@@ -1,8 +1,7 @@
 """Semi-supervised classification: one module, the method is plugged in."""
 
 import copy
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
@@ -11,14 +10,12 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_modules.classification_metrics import ClassificationMetrics, PseudoLabelCounts
+from lightning_modules.class_module import EvalSplit
+from lightning_modules.classification_metrics import PseudoLabelCounts
 from lightning_modules.networks.modes import evaluating
 from lightning_modules.ssl.base import Batch, Guess, Loss, Method
 from lightning_modules.ssl.ramps import Ramp
-from lightning_modules.ssl_data import require_labels
 from lightning_modules.ssl_host import SSLHost
-
-EvalSplit = Literal["val", "test"]
 
 
 class SSLClassifier(SSLHost):
@@ -58,8 +55,6 @@ class SSLClassifier(SSLHost):
         torch.Size([2, 10])
     """
 
-    counted = "images"  # what `confusion` and `reliability` count
-
     def __init__(
         self,
         network: nn.Module,
@@ -71,18 +66,13 @@ class SSLClassifier(SSLHost):
         ema_decay: float = 0.999,
         init_from: str | None = None,
     ) -> None:
-        if num_classes < 2:
-            msg = f"Expected `num_classes` >= 2, got {num_classes}; a yes/no question has two classes."
-            raise ValueError(msg)
         reset = getattr(network, "reset_classifier", None)
         if callable(reset) and getattr(network, "num_classes", None) != num_classes:
             reset(num_classes)
         super().__init__(network, method, optimizer, lr_scheduler, ema_decay, init_from)
         self.save_hyperparameters(ignore=["network", "method", "ramp", "optimizer", "lr_scheduler"])
-        self.num_classes = num_classes
+        self.build_class_metrics(num_classes)
         self.ramp = method.ramp if ramp is None else ramp
-        self.val_metrics = ClassificationMetrics(num_classes, "val")
-        self.test_metrics = ClassificationMetrics(num_classes, "test")
         self.guesses = PseudoLabelCounts(num_classes)
         # The predictor with the best validation accuracy so far, by name; in checkpoints beside the state dict.
         self._best: dict[str, Tensor] = {}
@@ -213,21 +203,13 @@ class SSLClassifier(SSLHost):
 
     def _eval_step(self, batch: dict[str, Tensor], split: EvalSplit) -> None:
         image, label = self.checked(batch)
-        metrics = self.val_metrics if split == "val" else self.test_metrics
+        metrics = self._metrics_of(split)
         predictor = self.predictor
         metrics.update("", self._evaluated(predictor, image), label)
         if predictor is not self.network:
             metrics.update("student", self._evaluated(self.network, image), label)
         for best in self._best_predictor if split == "test" else ():
             metrics.update("best", self._evaluated(best, image), label)
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Update the validation metrics."""
-        self._eval_step(batch, "val")
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Update the test metrics."""
-        self._eval_step(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics, and keep the predictor if it is the best so far."""
@@ -251,47 +233,8 @@ class SSLClassifier(SSLHost):
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
-        self._log_agreed(self.test_metrics.compute())
-        self.test_metrics.reset()
+        super().on_test_epoch_end()
         self._best_predictor = []
-
-    def confusion(self, split: EvalSplit) -> Tensor:
-        """Counts [K, K] of the evaluation so far: row = true class, column = predicted class."""
-        return (self.val_metrics if split == "val" else self.test_metrics).confusion()
-
-    def reliability(self, split: EvalSplit) -> tuple[Tensor, Tensor, Tensor]:
-        """Confidence, accuracy and count of each calibration bin of the evaluation so far."""
-        return (self.val_metrics if split == "val" else self.test_metrics).reliability()
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Classify a batch of images.
-
-        Returns:
-            probabilities [B, K], label [B], confidence [B] in [0, 1], index [B].
-        """
-        image, _ = self.checked(batch, labelled=False)
-        probabilities = self(image).softmax(-1)
-        confidence, label = probabilities.max(-1)
-        index = batch.get("index", torch.arange(len(image), device=self.device))
-        return {"probabilities": probabilities, "label": label, "confidence": confidence, "index": index}
-
-    def checked(self, batch: object, labelled: bool = True) -> tuple[Tensor, Tensor]:
-        """Return images and labels of an evaluation batch, if it is one; padding and missing labels become -1.
-
-        Raises:
-            ValueError: Something is missing or out of range.
-        """
-        found = dict(batch) if isinstance(batch, Mapping) else {}
-        missing = [name for name in (("image", "label") if labelled else ("image",)) if name not in found]
-        if missing:
-            msg = f"Expected batches to be dicts with {' and '.join(missing)}, got {sorted(found) or type(batch)}."
-            raise ValueError(msg)
-        image = found["image"]
-        label = found.get("label", torch.full((len(image),), -1, device=image.device))
-        if labelled:
-            require_labels(label, self.num_classes, low=-1)
-            label = torch.where(found["index"] < 0, -1, label) if "index" in found else label
-        return image, label
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -301,14 +244,7 @@ class SSLClassifier(SSLHost):
         checkpoint["best"] = {"accuracy": self._best_accuracy, "predictor": self._best}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the best predictor, and refuse a checkpoint with other classes."""
-        theirs = checkpoint.get("hyper_parameters", {}).get("num_classes", self.num_classes)
-        if theirs != self.num_classes:
-            msg = (
-                f"Expected a checkpoint with `num_classes` = {self.num_classes}, got one with {theirs}; give the data "
-                "that it was trained on."
-            )
-            raise ValueError(msg)
+        """Take over the best predictor too."""
         super().on_load_checkpoint(checkpoint)
         best = checkpoint.get("best", {})
         self._best_accuracy, self._best = best.get("accuracy", -1.0), dict(best.get("predictor", {}))

@@ -8,16 +8,17 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from lightning_modules.base import BaseModule, ema_weight
+from lightning_modules.base import ema_weight
 from lightning_modules.checkpoints import load_network
-from lightning_modules.networks.modes import evaluating, fresh_copy
+from lightning_modules.class_module import ClassModule
+from lightning_modules.networks.modes import fresh_copy
 from lightning_modules.ssl.base import Batch, Method, Split
 from lightning_modules.ssl_data import FeedsMethods, LearnsAugmentation, SharesRates, require_labels, required_parts
 
 _NO_DATA = {"num_labeled": 0, "num_unlabeled": 0}
 
 
-class SSLHost(BaseModule):
+class SSLHost(ClassModule):
     """A module around a method: everything a method may ask for (`lightning_modules.ssl.base.Host`).
 
     Args:
@@ -28,8 +29,6 @@ class SSLHost(BaseModule):
         ema_decay: See SSLClassifier.
         init_from: See SSLClassifier.
     """
-
-    num_classes: int
 
     def __init__(
         self,
@@ -104,12 +103,6 @@ class SSLHost(BaseModule):
         """
         load_network(network, path, argument)
 
-    def gather(self, *tensors: Tensor) -> list[Tensor]:
-        """The tensors of all processes, one after the other along the first axis; all must be of one size."""
-        if self.trainer.world_size == 1:
-            return list(tensors)
-        return [self.all_gather(tensor).flatten(0, 1) for tensor in tensors]  # type: ignore[union-attr]
-
     def labels_of(self, split: Split) -> Tensor:
         """The given labels of all training images of a split, -1 where there is none."""
         return self._feeder("labels_of").labels_of(split).to(self.device)
@@ -122,20 +115,9 @@ class SSLHost(BaseModule):
             Results [N, ...] in the order of the index, the same on every process.
         """
         size = self.num_labeled if split == "labeled" else self.num_unlabeled
-        results, places = [], []
-        with evaluating(self):
-            for batch in self._feeder("sweep_dataloader").sweep_dataloader(split):
-                moved = self.trainer.strategy.batch_to_device(batch, self.device)
-                results.append(function(moved["image"]))
-                places.append(moved["index"])
-        values, index = self.gather(torch.cat(results), torch.cat(places))
-        values, index = values[index >= 0], index[index >= 0]
-        if not torch.equal(index.sort().values, torch.arange(size, device=index.device)):
-            msg = f"Expected `sweep_dataloader` to give each of {size} {split} images once, got {len(index)}."
-            raise ValueError(msg)
-        ordered = torch.empty_like(values)
-        ordered[index] = values
-        return ordered
+        loader = self._feeder("sweep_dataloader").sweep_dataloader(split)
+        (values,) = self.swept(loader, lambda batch: [function(batch["image"])], f"{split} images", size)
+        return values
 
     def _feeder(self, what: str) -> FeedsMethods:
         data = getattr(self.trainer, "datamodule", None)
@@ -313,6 +295,8 @@ class SSLHost(BaseModule):
         Raises:
             ValueError: It was built for other data already.
         """
+        # First: another number of classes mostly comes with other sizes, and says more.
+        self.require_own_classes(checkpoint)
         sizes = checkpoint.get("ssl_sizes")
         if self._sizes is not None and sizes != self._sizes:
             msg = (

@@ -14,7 +14,8 @@ class TimmClassifier(nn.Module):
     Args:
         name: Name of the model, such as "resnet18" or "vit_small_patch16_224" (`timm.list_models()`).
         pretrained: Start from timm's weights, which are downloaded once.
-        num_classes: Outputs; None until `reset_classifier` (SSLClassifier calls it).
+        num_classes: Outputs; None until `reset_classifier` (SSLClassifier calls it), 0 for the pooled features
+            (LinearProbe).
         in_channels: Channels of the images; pretrained weights of the first layer are adapted by timm.
         image_size: Side of the images, for models that need to know (vision transformers); None leaves timm's.
         drop_rate: Dropout before the last layer.
@@ -46,7 +47,9 @@ class TimmClassifier(nn.Module):
         options |= {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
         options |= {"img_size": image_size} if image_size is not None else {}
         # timm's models have no common class with the methods used here.
-        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes or 1, **options)
+        model: Any = timm.create_model(
+            name, pretrained=pretrained, num_classes=1 if num_classes is None else num_classes, **options
+        )
         self.model = model
         self.pretrained = pretrained
         self.num_classes = num_classes
@@ -60,7 +63,7 @@ class TimmClassifier(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weights anew; of a pretrained model only the last layer's."""
         if self.pretrained:
-            self.reset_classifier(self.num_classes or 1)
+            self.reset_classifier(1 if self.num_classes is None else self.num_classes)
             return
         for part in self.model.modules():
             reset = getattr(part, "reset_parameters", None)
