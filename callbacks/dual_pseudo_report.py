@@ -1,9 +1,11 @@
 """What dual pseudo training gained: the runs of its pipeline side by side, pseudo-labels before and after."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -65,10 +67,10 @@ class DualPseudoReport(MetricsReport):
     classes are in the file. TensorBoard shows bars (`summary/dual_pseudo_training`).
 
     Args:
-        roles: Title of a role -> name of the run that plays it (its directory below `runs`), in the order of the rows;
-            "this" is this run. The first role is what the others are compared with. Runs of earlier rounds have titles
-            of their own.
-        generator: Name of the run that trained the generator; None leaves its row out.
+        roles: Title of a role -> directory of the run that plays it, or its name among `other_runs`, in the order of
+            the rows; "this" is this run. The first role is what the others are compared with. Runs of earlier rounds
+            have titles of their own.
+        generator: Directory or name of the run that trained the generator; None leaves its row out.
         before: Folder of the PseudoLabels that the generator learned from; in later rounds those of the round before.
         after: Folder of the PseudoLabels that this run wrote when its fit ended.
         hyperparameters: More of them for the HParams tab, such as what describes the data.
@@ -136,14 +138,24 @@ class DualPseudoReport(MetricsReport):
     def _played(self, metrics: Mapping[str, float]) -> list[_Role]:
         """The roles in order; this run is one of them in any case."""
         roles = self.roles if THIS in self.roles.values() else {**self.roles, self.run_name: THIS}
-        runs = {**self.other_runs, THIS: metrics}
-        return [_Role(title, run, runs.get(run)) for title, run in roles.items()]
+        return [_Role(t, run, metrics if run == THIS else self._measured(run)) for t, run in roles.items()]
+
+    def _measured(self, run: str) -> Mapping[str, float] | None:
+        """What the test of another run found; None if that is not known."""
+        if run in self.other_runs:
+            return self.other_runs[run]
+        try:
+            manifest = json.loads((Path(run).expanduser() / "manifest.json").read_text(encoding="utf-8"))
+            found = {name: float(value) for name, value in manifest["metrics"].items() if value is not None}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+        return {name: value for name, value in found.items() if name.startswith("test_")} or None
 
     def _generated(self, console: Console) -> dict[str, float]:
         """Print what was measured of the generator, and return it as numbers of the summary."""
         if self.generator is None:
             return {}
-        measured = self.other_runs.get(self.generator)
+        measured = self._measured(self.generator)
         found = {name: value for name, value in (measured or {}).items() if _OF_GENERATOR.fullmatch(name)}
         table = Table()
         for column in ("metric", "value"):

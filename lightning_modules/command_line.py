@@ -16,8 +16,8 @@ def overlays_last(args: list[str]) -> list[str]:
     A config that names another one as its `base` (relative to itself) is merged after that one. Each overlay becomes a
     `--config` that is merged last, and is also remembered under `overlay`, whence the stages get it. Flags win over
     all files, wherever they stand. `vars` are merged name by name over the files; jsonargparse would replace them as
-    a whole. Those given as flags are also remembered under `stage_vars`, for the stages that have a variable of the
-    name.
+    a whole. Those given as flags are also remembered under `stage_vars`, beside those that files have there, for the
+    stages that have a variable of the name.
 
     Args:
         args: A sub-command and what follows it.
@@ -51,8 +51,9 @@ def overlays_last(args: list[str]) -> list[str]:
     for name in given:
         if name not in known:
             refuse(f"expected `--vars.NAME` with a NAME of the configs ({', '.join(sorted(known))}), got {name}")
-    if given:
-        remembered.append(f"--stage_vars={json.dumps(given)}")
+    passed = _merged_vars([*configs, *overlays], "stage_vars") | given
+    if passed:
+        remembered.append(f"--stage_vars={json.dumps(passed)}")
     return [args[0], *files, *([f"--vars={json.dumps(values)}"] if values else []), *remembered, *flags]
 
 
@@ -122,11 +123,11 @@ def refuse(problem: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _merged_vars(files: list[str]) -> dict[str, Any]:
+def _merged_vars(files: list[str], key: str = "vars") -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for file in files:
         if Path(file).is_file():
-            values = _mapping_in(file).get("vars")
+            values = _mapping_in(file).get(key)
             merged |= values if isinstance(values, dict) else {}
     return merged
 

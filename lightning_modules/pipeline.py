@@ -30,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--stage_vars",
         type=dict[str, Any],
         default={},
-        help="Set by --vars.NAME: what reaches the stages that have a variable NAME.",
+        help="Values for the `vars` of stages that have a variable of the name; --vars.NAME adds to them.",
     )
     parser.add_argument(
         "--rounds",

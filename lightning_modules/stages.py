@@ -25,6 +25,7 @@ import torch
 
 from lightning_modules.checkpoints import file_sha256
 from lightning_modules.run_files import written_whole
+from lightning_modules.stage_summary import stage_lines
 
 MANIFEST = "manifest.json"
 LAST = Path("checkpoints") / "last.ckpt"
@@ -280,6 +281,8 @@ def _run_stage(stage: Stage, name: str) -> None:
         _say(f"{name}: failed, ended without a manifest for config {stage.config_hash[:12]} in {stage.run_dir}")
         raise SystemExit(1)
     _say(f"{name}: finished")
+    for line in stage_lines(stage.run_dir, read_manifest(stage.run_dir)):
+        _say(line)
 
 
 def end_with_parent() -> None:

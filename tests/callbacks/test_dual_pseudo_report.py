@@ -276,3 +276,19 @@ def test_bars_are_as_high_as_their_values(classes: int) -> None:
     bottom = heights[0].max()
     assert abs(bottom - heights[0].min() - 0.25 * 170) < 3
     assert abs(bottom - heights[1].min() - 0.75 * 170) < 4
+
+
+def test_the_manifest_of_a_run_tells_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "round_0"
+    run.mkdir()
+    metrics = {"test_accuracy": 0.5, "test_ece": None, "train_loss": 3.0}
+    (run / "manifest.json").write_text(json.dumps({"metrics": metrics}))
+    roles = {"labels alone": str(run), "lost": str(tmp_path / "lost"), "dual pseudo training": "this"}
+    report = DualPseudoReport(roles)
+    tiny_trainer(tmp_path, callbacks=[report]).test(Scored(), datamodule=Data([], []), verbose=False)
+    printed = capsys.readouterr().out
+    assert "+25.0" in printed
+    assert "lost (not run)" in printed
+    (run / "manifest.json").write_text(json.dumps({"metrics": [1]}))
+    tiny_trainer(tmp_path, callbacks=[report]).test(Scored(), datamodule=Data([], []), verbose=False)
+    assert "round_0 (not run)" in capsys.readouterr().out

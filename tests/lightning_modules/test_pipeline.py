@@ -106,6 +106,9 @@ def test_variables_of_the_command_line_reach_the_stages_that_have_them() -> None
     assert _alone(nested).datamodule.seed == 3
     plain = _resolved("--config", "last.yaml")
     assert plain.stages[0].config_hash != outer.config_hash
+    # A file can say it as well.
+    _write("other", "${runs}/other", stages=["outer.yaml"], stage_vars={"seed": 3, "unknown": 1})
+    assert _resolved("--config", "other.yaml").stages == [outer]
     with pytest.raises(SystemExit):
         _resolved("--config", "last.yaml", "--vars.sead", "3")
 
