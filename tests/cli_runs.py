@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tiny_autoencoders import tiny_autoencoder
 
 NETWORK = {
     "class_path": "ADMUNet",
@@ -28,6 +29,8 @@ _SMALLER: dict[str, dict[str, Any]] = {
     "UViT": {"embed_dim": 16, "depth": 2, "num_heads": 2},
     "ClassUNet": {"base_channels": 8, "channel_mult": [1, 1], "layers_per_block": 1, "norm_groups": 4},
     "NoisyResNet": {"widths": [4, 8], "blocks": [1, 1], "strides": [1, 2], "embed_dim": 8},
+    "WideResNet": {"depth": 10, "widen": 1, "width": 4},
+    "ViTEncoder": {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
     "KLAutoencoder": {"block_out_channels": [4, 8], "layers_per_block": 1, "norm_groups": 2},
 }
 
@@ -36,6 +39,68 @@ def smaller(network: dict[str, Any]) -> dict[str, Any]:
     """What to merge into the configuration of a network so that it becomes tiny."""
     name = network["class_path"].rpartition(".")[2]
     return {"class_path": name, "init_args": _SMALLER[name]}
+
+
+def small_model(resolved: dict[str, Any], autoencoder: Path | None = None) -> dict[str, Any]:
+    """What to merge into the arguments of a model so that its networks become tiny.
+
+    Args:
+        resolved: The configuration of a fit.
+        autoencoder: A folder for a tiny autoencoder, for a model that works in the latents of a published one.
+    """
+    arguments = resolved["model"]["init_args"]
+    parts = [name for name in ("network", "classifier", "encoder") if arguments.get(name) is not None]
+    model: dict[str, Any] = {name: smaller(arguments[name]) for name in parts}
+    if autoencoder is not None:
+        tiny_autoencoder().vae.save_pretrained(autoencoder)
+        model["latent"] = {"init_args": {"folder": str(autoencoder)}}
+        for name in {"network", "classifier"} & set(parts):
+            inner = {**model[name]["init_args"], "in_channels": 2}
+            model[name]["init_args"] = inner | ({"image_size": 8} if name == "network" else {})
+    return model
+
+
+def has_published_autoencoder(resolved: dict[str, Any]) -> bool:
+    """Whether a model works in the latents of an autoencoder that was not trained here."""
+    latent = resolved["model"]["init_args"].get("latent") or {}
+    return (latent.get("init_args") or {}).get("folder") is not None
+
+
+def small_data(resolved: dict[str, Any]) -> dict[str, Any]:
+    """What to merge into the arguments of classification data so that a step takes no time."""
+    arguments = resolved["data"]["init_args"]
+    small = {"batch_size": 4, "unlabeled_ratio": 2, "steps_per_epoch": 1, "num_workers": 0}
+    data: dict[str, Any] = {name: value for name, value in small.items() if name in arguments}
+    source = arguments["source"]
+    if source["class_path"].endswith("ImageNetSource"):
+        data["image_size"] = 16
+    if "root" in source.get("init_args", {}) and "labels_per_class" in arguments:
+        data["labels_per_class"] = 2
+    return data
+
+
+def small_writers(resolved: dict[str, Any]) -> list[dict[str, Any]]:
+    """The callbacks of a fit without those that measure drawn images; two tiny images are drawn of each class."""
+    kept = []
+    for callback in copy.deepcopy(resolved["trainer"]["callbacks"] or []):
+        request = callback.get("init_args", {}).get("request")
+        if request is not None and request.get("images_per_class") is not None:
+            request |= {"images_per_class": 2, "num_steps": 1, "batch_size": 8}
+            request |= {"num_classes": 3, "image_size": 16} if request["num_classes"] == 1000 else {}
+        if not callback["class_path"].endswith("GenerationMetrics"):
+            kept.append(callback)
+    return kept
+
+
+def write_overlay(file: Path, model: dict[str, Any], data: dict[str, Any], **trainer: Any) -> Path:
+    """Write an overlay for a fit on one CPU."""
+    overlay = {
+        "model": {"init_args": model},
+        "data": {"init_args": data},
+        "trainer": {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true", **trainer},
+    }
+    file.write_text(yaml.safe_dump(overlay))
+    return file
 
 
 def tiny_generator(classifier_from: str, latents_from: str | None = None) -> dict[str, Any]:

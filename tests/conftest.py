@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_data import write_cifar10, write_classes, write_folder, write_isic2018, write_mnist, write_ph2
+from fake_data import (
+    write_cifar10,
+    write_classes,
+    write_folder,
+    write_imagenet,
+    write_isic2018,
+    write_mnist,
+    write_ph2,
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,4 +35,5 @@ def fake_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_classes(root / "classes", 6)
     write_mnist(root / "mnist", 200, 20)
     write_cifar10(root / "cifar10", 40)
+    write_imagenet(root / "imagenet")
     return root

@@ -95,6 +95,21 @@ def write_classes(folder: Path, n: int = 6) -> Path:
     return folder
 
 
+def write_imagenet(root: Path, n: int = 4) -> Path:
+    """Write n training images of each of three classes, one to test on, and a list of two a class; returns the root."""
+    listed = []
+    for position, name in enumerate(("n01440764", "n01443537", "n01484850")):
+        for split, count in (("train", n), ("val", 1)):
+            place = root / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                image, _ = draw_pair(4000 + 100 * position + number)
+                Image.fromarray(image).save(place / f"{name}_{number}.JPEG", format="JPEG")
+        listed += [f"{name}_{number}.JPEG\n" for number in range(2)]
+    (root / "2imgs_class.txt").write_text("".join(listed))
+    return root
+
+
 def write_mnist(root: Path, train: int, test: int) -> Path:
     """Write images of 28 px in the files of MNIST, image i of class i % 10 and as bright as i; returns the root."""
     raw = root / "MNIST" / "raw"

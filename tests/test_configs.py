@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import yaml
-from cli_runs import NETWORK, smaller
+from cli_runs import (
+    NETWORK,
+    has_published_autoencoder,
+    small_data,
+    small_model,
+    small_writers,
+    smaller,
+    write_overlay,
+)
 
 from lightning_modules.cli import main
 
@@ -82,9 +90,14 @@ def _is_for(overlay: Path, config: Path) -> bool:
 _OF_ALL_METHODS = {"supervised.yaml", "fixmatch.yaml", "dividemix.yaml", "noisy_student.yaml", "remixmatch.yaml"}
 
 
-def _by_default(config: Path, *more: object) -> object:
-    """A case; of configs/ssl only some by default, as each takes seconds."""
-    rare = config.parent.name == "ssl" and config.name not in _OF_ALL_METHODS
+# For GPUs. test_published_pipelines.py runs them as a whole.
+_PUBLISHED_SIZE = ("dpt_cifar10", "dpt_imagenet256")
+
+
+def _by_default(config: Path, *more: object, quick: bool = True) -> object:
+    """A case; of configs/ssl only some by default, as each takes seconds; of those for GPUs only quick ones."""
+    of_ssl = config.parent.name == "ssl" and config.name not in _OF_ALL_METHODS
+    rare = of_ssl or (not quick and config.stem.startswith(_PUBLISHED_SIZE))
     return pytest.param(config, *more, marks=[pytest.mark.slow] if rare else [])
 
 
@@ -93,8 +106,17 @@ ALONE_AND_COMBINED: list[tuple[Path, Path | None]] = [*((config, None) for confi
 
 
 @cache
-def _resolved(config: Path, overlay: Path | None) -> dict[str, Any]:
-    return _printed("fit", "--config", str(config), *(["--overlay", str(overlay)] if overlay else []))
+def _resolved(config: Path, overlay: Path | None, variables: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A fit alone; its stages are resolved by themselves."""
+    more = ["--overlay", str(overlay)] if overlay else []
+    return _printed("fit", "--config", str(config), *more, "--stages", "null", *variables)
+
+
+def _resolved_stage(stage: Path, overlay: Path | None, config: Path) -> dict[str, Any]:
+    """A stage as a pipeline runs it, with the variables that reach it."""
+    known = _whole(stage).get("vars") or {}
+    given = (_whole(config).get("stage_vars") or {}).items()
+    return _resolved(stage, overlay, tuple(f"--vars.{name}={value}" for name, value in given if name in known))
 
 
 def _printed(*words: str) -> dict[str, Any]:
@@ -143,7 +165,7 @@ def test_a_file_opens_with_its_command(path: Path) -> None:
     assert [variable.split("=")[0] for variable in variables] == ["FEWLIGHT_DATA"] * needs_data
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
+@pytest.mark.parametrize("path", [_by_default(path, quick=False) for path in FILES], ids=str)
 def test_each_command_of_a_header_parses(path: Path) -> None:
     commands = [words for _, words in _commands(path)]
     for number, words in enumerate(commands):
@@ -180,12 +202,15 @@ def _require_what_stages_write(config: Path, overlay: Path | None) -> None:
     stages = _stages(config)
     assert [stage for stage in stages if stage not in CONFIGS] == []
     stages = [inner for stage in stages for inner in (*_stages(stage), stage)]
-    folders = [_resolved(stage, overlay)["trainer"]["default_root_dir"] for stage in stages]
-    for init_from in _checkpoints_taken(resolved["model"]):
+    folders = [_resolved_stage(stage, overlay, config)["trainer"]["default_root_dir"] for stage in stages]
+    checkpoints, artifacts = [*_checkpoints_taken(resolved["model"])], [*_artifacts_taken(resolved)]
+    if checkpoints or artifacts:
         # Without stages the header says in words which config comes first.
-        earlier = stages or [path for path in CONFIGS if path.name in _header(config) and path != config]
-        folders_of_earlier = [_resolved(path, overlay)["trainer"]["default_root_dir"] for path in earlier]
-        assert init_from in [f"{folder}/checkpoints/last.ckpt" for folder in folders_of_earlier]
+        named = [path for path in CONFIGS if path.name in _header(config) and path != config]
+        earlier = stages or [*named, *(stage for path in named for stage in _stages(path))]
+        fits = [_resolved_stage(path, overlay, config) for path in earlier]
+        assert set(checkpoints) <= {f"{fit['trainer']['default_root_dir']}/checkpoints/last.ckpt" for fit in fits}
+        assert set(artifacts) <= {folder for fit in fits for folder in _artifacts_written(fit)}
     everything = [*folders, resolved["trainer"]["default_root_dir"]]
     assert len(set(everything)) == len(everything), "two fits write into one directory"
     assert "${" not in yaml.safe_dump(resolved)
@@ -200,6 +225,22 @@ def _checkpoints_taken(content: object) -> Iterator[str]:
             yield from _checkpoints_taken(value)
 
 
+def _artifacts_taken(resolved: dict[str, Any]) -> Iterator[str]:
+    """The folders that earlier fits filled for this one."""
+    for name in ("pseudo_labels", "synthetic_images"):
+        if folder := resolved["data"]["init_args"].get(name):
+            yield folder
+    transition = resolved["model"]["init_args"].get("transition") or {}
+    if counts := transition.get("init_args", {}).get("counts"):
+        yield counts.removesuffix("/manifest.json")
+
+
+def _artifacts_written(resolved: dict[str, Any]) -> list[str]:
+    callbacks = resolved["trainer"]["callbacks"] or []
+    writers = [c for c in callbacks if c["class_path"].endswith(("PseudoLabelWriter", "SyntheticImageWriter"))]
+    return [writer["init_args"]["output_dir"] for writer in writers]
+
+
 def _shrink(config: Path, folder: Path) -> Path:
     """An overlay that makes a config small enough for the fake data: one that only names what the config has."""
     resolved = _resolved(config, None)
@@ -208,6 +249,10 @@ def _shrink(config: Path, folder: Path) -> Path:
         return _shrink_classifier(resolved, folder)
     if kind in {"TDSMDiffusion", "NoisyLabelClassifier", "VAETraining"}:
         return _shrink_generation(resolved, folder)
+    if kind == "LinearProbe":
+        model, data = small_model(resolved), small_data(resolved) | _WITHOUT_ARTIFACTS
+        model |= {name: None for name in ("encoder_from", "feature_cache") if model}
+        return _overlay(folder, model, data, fast_dev_run=True)
     data: dict[str, Any] = {"image_size": 16, "batch_size": 2, "num_workers": 0}
     # What a stage would have to draw first is left out.
     small = {"num_labels": 4, "num_images": 12, "synthetic_images": None, "synthetic_share": None}
@@ -218,15 +263,12 @@ def _shrink(config: Path, folder: Path) -> Path:
     return _overlay(folder, model, data, fast_dev_run=True)
 
 
+# What another fit would have to make first.
+_WITHOUT_ARTIFACTS = {"synthetic_images": None, "synthetic_per_class": None, "pseudo_labels": None}
+
+
 def _overlay(folder: Path, model: dict[str, Any], data: dict[str, Any], **trainer: Any) -> Path:
-    overlay = {
-        "model": {"init_args": model},
-        "data": {"init_args": data},
-        "trainer": {"accelerator": "cpu", "devices": 1, "precision": "32-true", **trainer},
-    }
-    file = folder / "shrink.yaml"
-    file.write_text(yaml.safe_dump(overlay))
-    return file
+    return write_overlay(folder / "shrink.yaml", model, data, **trainer)
 
 
 def _shrink_classifier(resolved: dict[str, Any], folder: Path) -> Path:
@@ -241,6 +283,7 @@ def _shrink_classifier(resolved: dict[str, Any], folder: Path) -> Path:
         if "root" in resolved["data"]["init_args"]["source"].get("init_args", {})
         else {}
     )
+    data |= _WITHOUT_ARTIFACTS
     starts = [arguments["init_from"], arguments["method"].get("init_args", {}).get("teacher_from")]
     if any(starts):
         shrink = _overlay(folder, model, data, max_steps=1, default_root_dir=str(folder / "teacher"))
@@ -251,27 +294,25 @@ def _shrink_classifier(resolved: dict[str, Any], folder: Path) -> Path:
     return _overlay(folder, model, data, fast_dev_run=True)
 
 
-def _smaller_networks(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: smaller(arguments[name]) for name in ("network", "classifier") if arguments.get(name) is not None}
-
-
 def _shrink_generation(resolved: dict[str, Any], folder: Path) -> Path:
     """The same for generators and what comes before them; nothing is measured, as there is no judge yet."""
     arguments = resolved["model"]["init_args"]
-    model = _smaller_networks(arguments)
+    model = small_model(resolved, folder / "teacher" if has_published_autoencoder(resolved) else None)
     model |= {"classifier_from": None} if "classifier_from" in arguments else {}
-    data: dict[str, Any] = {"batch_size": 4, "steps_per_epoch": 1, "num_workers": 0}
-    kept = [c for c in resolved["trainer"]["callbacks"] if not c["class_path"].endswith("GenerationMetrics")]
-    if arguments.get("latent") is not None:
+    data = small_data(resolved)
+    if resolved["data"]["init_args"].get("pseudo_labels") is not None:
+        data["pseudo_labels"] = None
+        model |= {"transition": None} if arguments.get("transition") is not None else {}
+    if arguments.get("latent") is not None and "latent" not in model:
         tiny = smaller(arguments["latent"]["init_args"]["network"])
         trained = _overlay(folder, {"network": tiny}, data, max_steps=1, default_root_dir=str(folder / "teacher"))
         main(["fit", "--config", str(ROOT / "configs/vae_digits.yaml"), "--overlay", str(trained)])
         last = str(folder / "teacher/checkpoints/last.ckpt")
         model |= {"latent": {"init_args": {"network": tiny, "init_from": last}}}
-    return _overlay(folder, model, data, fast_dev_run=True, callbacks=kept)
+    return _overlay(folder, model, data, fast_dev_run=True, callbacks=small_writers(resolved))
 
 
-@pytest.mark.parametrize("config", [_by_default(config) for config in CONFIGS], ids=str)
+@pytest.mark.parametrize("config", [_by_default(config, quick=False) for config in CONFIGS], ids=str)
 def test_a_config_runs_one_step_on_data_in_the_official_layout(
     config: Path, tmp_path: Path, fake_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +340,7 @@ def test_a_config_that_draws_draws_one_batch(config: Path, tmp_path: Path) -> No
     if arguments["network"]["class_path"].endswith("ADMUNet"):
         small = _overlay(tmp_path, {"network": NETWORK}, data | {"image_size": 16}, fast_dev_run=True)
     else:
-        small = _overlay(tmp_path, _smaller_networks(arguments), data, fast_dev_run=True)
+        small = _overlay(tmp_path, small_model(_resolved_drawing(config)), data, fast_dev_run=True)
     cli = main(["predict", "--config", str(ROOT / config), "--overlay", str(small)])
     assert cli is not None
     assert cli.trainer.num_predict_batches == [1]
