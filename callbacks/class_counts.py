@@ -48,11 +48,11 @@ def draw_class_counts(
     pen = ImageDraw.Draw(picture)
     pen.text((_MARGIN, _MARGIN), headline, fill=_INK, font=_font(15))
     _write_legend(pen, legend)
-    most = max(int(total.max(initial=0)), 1)
+    most = 4 * max(-(-int(total.max(initial=0)) // 4), 1)  # quarters are whole numbers
     for k in range(5):
         y = _TOP + _HEIGHT * (1 - k / 4)
         pen.line((_LEFT, y, _LEFT + width, y), fill=_GRID)
-        pen.text((_LEFT - 6, y), f"{most * k / 4:,.4g}", fill=_INK, font=_font(12), anchor="rm")
+        pen.text((_LEFT - 6, y), f"{most * k // 4:,}", fill=_INK, font=_font(12), anchor="rm")
     step = width / classes
     for place, row in enumerate(order.tolist()):
         gap = 0.12 * step if named else 0.0

@@ -66,6 +66,21 @@ def test_where_a_requested_drawing_goes_matters_to_the_next_stage() -> None:
     assert drawn("a") != drawn("b")
 
 
+def test_where_pseudo_labels_go_matters_to_the_next_stage() -> None:
+    def written(folder: str, **arguments: object) -> str:
+        writer = {"class_path": "callbacks.PseudoLabelWriter", "init_args": {"output_dir": folder, **arguments}}
+        return _hash(_resolved(trainer__callbacks=[writer]))
+
+    assert written("a") == written("a")
+    assert written("a") != written("b")
+    assert written("a", top_k=2) != written("a", top_k=3)
+
+
+def test_which_images_are_predicted_does_not_matter() -> None:
+    chosen = [{"class_path": "D", "init_args": {"predict_split": split}} for split in ("train", "test")]
+    assert len({_hash(_resolved(data=data)) for data in chosen}) == 1
+
+
 def test_a_folder_that_is_written_to_is_no_input(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     assert input_files({"trainer.callbacks.0.init_args.output_dir": str(tmp_path)}) == {}

@@ -102,6 +102,7 @@ def test_what_a_run_drew_goes_aside_with_it_and_other_runs_below_it_stay(tmp_pat
     _finish(tmp_path, "h")
     for name, file, content in (
         ("pairs", "manifest.json", '{"kind": "synthetic_images"}'),
+        ("labels", "manifest.json", '{"kind": "pseudo_labels"}'),
         ("begun", "drawing.json", "{}"),
         ("inner_run", "manifest.json", '{"kind": "fit"}'),
         ("mine", "manifest.json", '{"kind": "of something else"}'),
