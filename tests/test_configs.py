@@ -250,9 +250,7 @@ def _shrink(config: Path, folder: Path) -> Path:
     if kind in {"TDSMDiffusion", "NoisyLabelClassifier", "VAETraining"}:
         return _shrink_generation(resolved, folder)
     if kind == "LinearProbe":
-        model, data = small_model(resolved), small_data(resolved) | _WITHOUT_ARTIFACTS
-        model |= {name: None for name in ("encoder_from", "feature_cache") if model}
-        return _overlay(folder, model, data, fast_dev_run=True)
+        return _shrink_probe(resolved, folder)
     data: dict[str, Any] = {"image_size": 16, "batch_size": 2, "num_workers": 0}
     # What a stage would have to draw first is left out.
     small = {"num_labels": 4, "num_images": 12, "synthetic_images": None, "synthetic_share": None}
@@ -269,6 +267,12 @@ _WITHOUT_ARTIFACTS = {"synthetic_images": None, "synthetic_per_class": None, "ps
 
 def _overlay(folder: Path, model: dict[str, Any], data: dict[str, Any], **trainer: Any) -> Path:
     return write_overlay(folder / "shrink.yaml", model, data, **trainer)
+
+
+def _shrink_probe(resolved: dict[str, Any], folder: Path) -> Path:
+    model = small_model(resolved)
+    model |= dict.fromkeys(("encoder_from", "feature_cache")) if model else {}
+    return _overlay(folder, model, small_data(resolved) | _WITHOUT_ARTIFACTS, fast_dev_run=True)
 
 
 def _shrink_classifier(resolved: dict[str, Any], folder: Path) -> Path:

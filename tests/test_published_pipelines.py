@@ -58,18 +58,17 @@ def test_each_fit_of_a_pipeline_takes_what_the_ones_before_it_made(
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     config = CONFIGS / f"{name}.yaml"
     stages = [CONFIGS / stage for stage in yaml.safe_load(config.read_text())["stages"]]
-    labelled = {}
+    labelled: dict[str, int] = {}
     for fit in (*stages, config):
         overlay = _overlay(fit, tmp_path, capsys)
         cli = main(["fit", "--config", str(fit), "--overlay", str(overlay), "--stages", "null"])
         assert cli is not None
-        assert (Path(cli.trainer.default_root_dir) / "manifest.json").is_file(), fit.name
-        labelled[fit.stem] = getattr(cli.datamodule, "num_labeled", None)
-    counts = cli.datamodule.counts
-    classes = cli.datamodule.num_classes
-    assert labelled[stages[1].stem] == 2 * classes
-    assert labelled[config.stem] == 3 * classes, counts  # and one drawn image a class
-    of_people = labelled[stages[0].stem] if name.startswith("dpt_cifar10") else 2 * classes
-    assert labelled[stages[-1].stem] > of_people  # pseudo-labelled images as well
-    made = read(Path(cli.trainer.default_root_dir) / "pseudo_labels")
-    assert len(made.table) == 200 if name.startswith("dpt_cifar10") else 12
+        run = Path(cli.trainer.default_root_dir)
+        assert (run / "manifest.json").is_file(), fit.name
+        labelled[fit.name] = getattr(cli.datamodule, "num_labeled", 0)
+        classes = cli.datamodule.num_classes
+    images = 12 if name == "dpt_imagenet256" else 200
+    assert labelled[stages[1].name] == 2 * classes
+    assert labelled[stages[-1].name] == images  # the others with their pseudo-labels
+    assert labelled[config.name] == 3 * classes  # one drawn image of each
+    assert len(read(run / "pseudo_labels").table) == images
