@@ -108,6 +108,7 @@ class Drawing:
         self.folder = Path(folder).expanduser()
         self.request = request
         self.shards_above = shards_above
+        self._chosen: Layout | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -203,7 +204,7 @@ class Drawing:
 
     def check(self, block: int, drawn: object, num_classes: int | None = None) -> Pixels:
         """Refuse what cannot be written, as `write` would; returns what it would write."""
-        return layout_of(self.request).check(drawn, self.request.seeds(block), num_classes)
+        return self._layout().check(drawn, self.request.seeds(block), num_classes)
 
     def finish(self) -> bool:
         """Write table and manifest if all blocks are there, and remove what was only needed to draw.
@@ -244,8 +245,14 @@ class Drawing:
 
     def _layout(self) -> Layout:
         """Where files belong: in folders or shards as it was said when the drawing began."""
-        header = self.header() or {}
-        return layout_of(self.request, header.get("class_names"), "shards" in header)
+        if self._chosen is not None:
+            return self._chosen
+        header = self.header()
+        if header is None:
+            return layout_of(self.request)
+        # Kept: to check the names of many classes for each block would take as long as to encode the images.
+        self._chosen = layout_of(self.request, header.get("class_names"), "shards" in header)
+        return self._chosen
 
     def _is_done(self, block: int, layout: Layout) -> bool:
         return self._part(block).is_file() and all((self.folder / name).is_file() for name in layout.files(block))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from cli_runs import smaller
 from drawing_runs import files, killed
-import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
