@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from datamodules.semi_supervised import SemiSupervisedDataModule
     from datamodules.synthetic_images import SyntheticImages
     from datamodules.transforms import SwapHorizontalFlip, default_train_transform
+    from datamodules.views.crops import MultiCrop
     from datamodules.views.views import BatchViews, WorkerViews
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "LabelledArrays",
     "LongTail",
     "MixedTrainSampler",
+    "MultiCrop",
     "PH2DataModule",
     "Pair",
     "SampleKey",
@@ -110,6 +112,7 @@ _MODULES = {
     "datamodules.semi_supervised": ("SemiSupervisedDataModule",),
     "datamodules.synthetic_images": ("SyntheticImages",),
     "datamodules.transforms": ("SwapHorizontalFlip", "default_train_transform"),
+    "datamodules.views.crops": ("MultiCrop",),
     "datamodules.views.views": ("BatchViews", "WorkerViews"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

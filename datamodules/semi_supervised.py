@@ -253,7 +253,7 @@ class SemiSupervisedDataModule(ClassificationDataModule):
             )
             raise ValueError(msg)
         quota = self._streams().quota(split, self.drawn_per_batch)
-        if quota is not None and chosen is not None and len(np.unique(quota.holds(chosen))) < 2:
+        if quota is not None and chosen is not None and len(np.unique(np.isin(chosen, quota.indices))) < 2:
             msg = "Expected argument `indices` to have drawn and other images with `synthetic_share`, but got one kind."
             raise ValueError(msg)
         self._selected[split] = chosen

@@ -196,6 +196,17 @@ class BaseModule(pl.LightningModule):
             optimizer = self._make_optimizer(groups)
             optimizer.param_groups[0]["lr"] *= self.trunk_lr_scale
         self.extend_optimizer(optimizer)
+        return self.scheduled(optimizer)
+
+    def scheduled(self, optimizer: Optimizer) -> OptimizerLRScheduler:
+        """Put the injected learning-rate schedule beside an optimiser.
+
+        Args:
+            optimizer: With all its parameter groups.
+
+        Raises:
+            ValueError: The schedule does not keep `trunk_lr_scale`.
+        """
         if self._make_lr_scheduler is None:
             return optimizer
         scheduler = self._make_lr_scheduler(optimizer)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from datamodules.views.crops import Crop
 from datamodules.views.policies import AFFINE, KIND_OF, KINDS, MIXTURES, Shift
 
 _LUMINANCE = (0.2989, 0.587, 0.114)
@@ -40,6 +41,36 @@ def shift_images(images: Tensor, shift: Shift, pad: int) -> Tensor:
 def _reflected(position: Tensor, size: int) -> Tensor:
     position = position.abs()
     return torch.where(position < size, position, 2 * (size - 1) - position)
+
+
+def crop_images(images: Tensor, crop: Crop) -> Tensor:
+    """Crop each image of a batch, bring it to one size with a triangle filter as Pillow does, and mirror it.
+
+    Args:
+        images: Images [B, C, S, S].
+        crop: What is cut out of each.
+
+    Returns:
+        Images [B, C, size, size].
+    """
+    side = images.shape[-1]
+    rows = _triangles(crop.top, crop.height, side, crop.size)
+    columns = _triangles(crop.left, crop.width, side, crop.size)
+    columns = torch.where(crop.flip[:, None, None], columns.flip(1), columns)
+    rows, columns = (part[:, None].to(images.device, images.dtype) for part in (rows, columns))
+    return (rows @ images @ columns.mT).clamp_(0, 1)
+
+
+def _triangles(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
+    """Weights [B, out, in] of the pixels of a line of which a part is brought to another length."""
+    scale = (length / size)[:, None, None]
+    support = scale.clamp_min(1)  # when it shrinks, the filter widens: no aliasing
+    first = start[:, None, None]
+    pixel = torch.arange(side) + 0.5
+    centre = first + (torch.arange(size) + 0.5)[:, None] * scale
+    weights = (1 - (pixel - centre).abs() / support).clamp_min(0)
+    weights = weights * ((pixel > first) & (pixel < first + length[:, None, None]))
+    return weights / weights.sum(2, keepdim=True)
 
 
 def cut_holes(images: Tensor, hole: Tensor, fill: float) -> Tensor:
@@ -112,6 +143,13 @@ def _apply_slices(images: Tensor, counts: list[int], kinds: Tensor, values: Tens
     if counts[KIND_OF["rescale"]]:
         part = extent("rescale", "rescale")
         images[part] = rescaled(images[part], values[part, 0], (values[part, 1] * len(_FILTER_SUPPORT)).long())
+    if counts[KIND_OF["hue"]]:
+        part = extent("hue", "hue")
+        images[part] = _turned(images[part], values[part, 0])
+    if counts[KIND_OF["gaussian"]]:
+        part = extent("gaussian", "gaussian")
+        weights = _gaussians(values[part, 0], images.shape[-1])[:, None]
+        images[part] = (weights @ images[part] @ weights.mT).clamp_(0, 1)
 
 
 def _mixed(images: Tensor, counts: list[int], weight: Tensor) -> Tensor:
@@ -280,3 +318,39 @@ def _resampling(margin: Tensor, filters: Tensor, side: int) -> Tensor:
     inside = (distance >= -support) & (distance < support) & (pixel > first) & (pixel < last)
     weights = weights * inside
     return weights / weights.sum(2, keepdim=True)
+
+
+def _turned(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue, with saturation and value of HSV as they are; grey stays grey."""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = images.unbind(1)
+    value, least = images.amax(1), images.amin(1)
+    chroma = value - least
+    divisor = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+    sixth = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    sixth = sixth + 6 * turns[:, None, None]
+    channels = []
+    for offset in (5, 3, 1):
+        k = (offset + sixth).remainder(6)
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, 1).clamp_(0, 1)
+
+
+def _gaussians(deviation: Tensor, side: int) -> Tensor:
+    """Weights [n, out, in] of the pixels of a blurred line, which goes on outside as it is at its ends."""
+    reaches = (3 * deviation + 0.5).floor()[:, None, None]
+    reach = int(reaches.max())
+    pixel = torch.arange(side, device=deviation.device, dtype=deviation.dtype)
+    source = torch.arange(-reach, side + reach, device=deviation.device, dtype=deviation.dtype)
+    distance = (source - pixel[:, None]).abs()
+    weights = torch.exp(-0.5 * (distance / deviation[:, None, None]).square()) * (distance <= reaches)
+    weights = weights / weights.sum(2, keepdim=True)
+    inside = weights[..., reach : reach + side].clone()
+    inside[..., 0] += weights[..., :reach].sum(2)
+    inside[..., -1] += weights[..., reach + side :].sum(2)
+    return inside

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from datamodules.ctaugment import BINS, DEPTH, OPS, bin_probabilities, choose_bins
+from datamodules.views.crops import Crop, MultiCrop, draw_crop
 
 WeakName = Literal["flip_crop", "crop", "none"]
 StrongName = Literal["randaugment", "ctaugment", "trivial"]
@@ -25,7 +26,7 @@ MIXTURES = (
     "equalize",
 )
 AFFINE = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-KINDS = ("identity", *MIXTURES, "posterize", "solarize", *AFFINE, "cutout", "rescale")
+KINDS = ("identity", *MIXTURES, "posterize", "solarize", *AFFINE, "cutout", "rescale", "hue", "gaussian")
 KIND_OF = {name: number for number, name in enumerate(KINDS)}
 
 # RandAugment as FixMatch uses it: K. Sohn et al., "FixMatch", arXiv:2001.07685, Table 12. Brightness, colour, contrast
@@ -74,6 +75,10 @@ _CTAUGMENT: dict[str, tuple[float, float]] = {
 CTAUGMENT: tuple[tuple[str, float, float], ...] = tuple((name, *_CTAUGMENT[name]) for name, _, _ in OPS)
 RESCALE_FILTERS = 6
 
+CROPPED = ("random", "focal")
+_JITTER_PROBABILITY = 0.8
+_JITTERED = ("brightness", "contrast", "color", "hue")
+
 
 @dataclass(frozen=True)
 class ViewSettings:
@@ -87,6 +92,7 @@ class ViewSettings:
         cutout: Largest side of the hole as a share of the image's side.
         crop_padding: Pixels, or a share of the side.
         fill: Grey level of holes and of what lies outside.
+        crops: Random and focal views; None has none.
     """
 
     image_size: int
@@ -96,6 +102,7 @@ class ViewSettings:
     cutout: float = 0.5
     crop_padding: int | float = 0.125
     fill: float = 0.5
+    crops: MultiCrop | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -137,7 +144,8 @@ class ViewSettings:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the views that can be made."""
-        return ("plain", "weak", "strong", *(("probe",) if self.strong == "ctaugment" else ()))
+        further = (("probe", self.strong == "ctaugment"), *((name, self.crops is not None) for name in CROPPED))
+        return ("plain", "weak", "strong", *(name for name, there in further if there))
 
 
 @dataclass(frozen=True)
@@ -163,10 +171,12 @@ class Plan:
         shift: Flip and crop; None leaves the images where they are.
         kinds: Operations [B, K] as numbers in KINDS.
         values: Their strengths [B, K, 3]. The second and third number are the filter of `rescale`, and the centre
-            (row, column) of `cutout` as shares of the side.
+            (row, column) of `cutout` as shares of the side. That of `hue` is a part of a turn, that of `gaussian` a
+            deviation in pixels.
         hole: Hole at the end [B, 3]: side and centre (row, column) as shares of the side; None for no hole.
         ops: CTAugment's numbers of the operations [B, K].
         bins: CTAugment's bins [B, K, 2]; -1 for a parameter that an operation lacks.
+        crop: Crop that comes before everything else; None for none.
     """
 
     shift: Shift | None = None
@@ -175,6 +185,7 @@ class Plan:
     hole: Tensor | None = None
     ops: Tensor | None = None
     bins: Tensor | None = None
+    crop: Crop | None = None
 
     def of(self, part: slice) -> "Plan":
         """Give the plan of some of the images."""
@@ -183,7 +194,8 @@ class Plan:
             return None if numbers is None else numbers[part]
 
         shift = self.shift and Shift(self.shift.flip[part], self.shift.top[part], self.shift.left[part])
-        return Plan(shift, cut(self.kinds), cut(self.values), cut(self.hole), cut(self.ops), cut(self.bins))
+        crop = self.crop and self.crop.of(part)
+        return Plan(shift, cut(self.kinds), cut(self.values), cut(self.hole), cut(self.ops), cut(self.bins), crop)
 
 
 def _kinds(table: tuple[tuple[str, float, float], ...]) -> Tensor:
@@ -220,6 +232,29 @@ def _values(kinds: Tensor, ranges: Tensor, levels: Tensor) -> Tensor:
     return torch.cat([first[..., None], levels[..., 1:]], -1)
 
 
+def _draw_cropped(settings: ViewSettings, crops: MultiCrop, name: str, count: int, generator: torch.Generator) -> Plan:
+    """Draw random or focal views: a crop, four changes of colour in random order, grey, blur."""
+    side = settings.image_size
+    share, size = (
+        (crops.random_share, crops.random_size or side) if name == "random" else (crops.focal_share, crops.focal_size)
+    )
+    crop = draw_crop(share, side, size, crops.flip, count, generator)
+    order = torch.rand(count, 4, generator=generator).argsort(1)
+    uniform = torch.rand(count, 4, generator=generator)
+    chance = torch.rand(count, 4, generator=generator)
+    spread = torch.tensor([0.8 * crops.jitter] * 3 + [0.2 * crops.jitter])
+    middle = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    jittered = torch.tensor([KIND_OF[kind] for kind in _JITTERED])
+    values = (middle + (2 * uniform - 1) * spread).gather(1, order)
+    on = chance[:, :3] < torch.tensor([_JITTER_PROBABILITY * (crops.jitter > 0), crops.grey, crops.blur])
+    last = torch.tensor([KIND_OF["color"], KIND_OF["gaussian"]])
+    kinds = torch.cat([jittered[order], last.expand(count, 2)], 1)
+    kinds = torch.where(torch.cat([on[:, :1].expand(-1, 4), on[:, 1:]], 1), kinds, KIND_OF["identity"])
+    radius = crops.blur_radius * (0.05 + 0.95 * chance[:, 3:])
+    first = torch.cat([values, torch.zeros(count, 1), radius], 1)
+    return Plan(kinds=kinds, values=torch.stack([first, *[torch.zeros_like(first)] * 2], -1), crop=crop)
+
+
 def draw_plan(
     settings: ViewSettings, name: str, count: int, generator: torch.Generator, rates: Tensor | None = None
 ) -> Plan:
@@ -227,7 +262,7 @@ def draw_plan(
 
     Args:
         settings: What views are made of.
-        name: "plain", "weak", "strong" or "probe".
+        name: "plain", "weak", "strong", "probe", "random" or "focal".
         count: Number of images B.
         generator: Random numbers, on the CPU.
         rates: CTAugment's table; None draws all bins equally often.
@@ -237,6 +272,8 @@ def draw_plan(
     """
     if name == "plain":
         return Plan()
+    if name in CROPPED and settings.crops is not None:
+        return _draw_cropped(settings, settings.crops, name, count, generator)
     shift = _shift(settings, torch.rand(3, count, generator=generator))
     if name == "weak":
         return Plan(shift)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from datamodules.ctaugment import RATES_SHAPE
-from datamodules.views.batch_ops import apply_operations, cut_holes, shift_images
+from datamodules.views.batch_ops import apply_operations, crop_images, cut_holes, shift_images
+from datamodules.views.crops import MultiCrop
 from datamodules.views.policies import Plan, StrongName, ViewSettings, WeakName, draw_plan
 from datamodules.views.worker_ops import apply_plan
 
@@ -26,13 +27,14 @@ class _Views:
         cutout: float = 0.5,
         crop_padding: int | float = 0.125,
         fill: float = 0.5,
+        crops: MultiCrop | None = None,
     ) -> None:
-        self.settings = ViewSettings(image_size, weak, strong, num_ops, cutout, crop_padding, fill)
+        self.settings = ViewSettings(image_size, weak, strong, num_ops, cutout, crop_padding, fill, crops)
         self._rates: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the views that can be made: "plain", "weak", "strong", and with CTAugment "probe"."""
+        """Names of the views that can be made: "plain", "weak", "strong"; "probe" with CTAugment; those of `crops`."""
         return self.settings.names
 
     def share_rates(self, rates: Tensor) -> None:
@@ -75,6 +77,7 @@ class BatchViews(_Views):
     Sohn et al., "FixMatch", arXiv:2001.07685, Table 12: the 14 operations and their ranges). Reference code differs in
     details: Google's skips an operation half the time, TorchSSL's takes three. "probe" is weak, then two of CTAugment's
     operations from uniformly random bins, without a hole; it is what the table is learnt from (arXiv:1911.09785).
+    "random" and "focal" are what `crops` says, of sides of their own.
 
     Args:
         image_size: Side of the square images in pixels.
@@ -87,6 +90,7 @@ class BatchViews(_Views):
         cutout: Largest side of the hole as a share of the image's side; 0 for no hole.
         crop_padding: Largest shift, in pixels if it is an int, as a share of the side if it is a float.
         fill: Grey level, in [0, 1], of holes and of what is drawn in from outside.
+        crops: Random and focal views; None has none.
 
     Raises:
         ValueError: An argument is unknown or out of range.
@@ -101,9 +105,9 @@ class BatchViews(_Views):
             generator: Random numbers, on the CPU. The same state gives the same views.
 
         Returns:
-            The views, [B, C, S, S] in [0, 1]. Beside a probe, `probe_ops` [B, 2] has its operations as numbers in
-            `datamodules.ctaugment.OPS` and `probe_bins` [B, 2, 2] the bins of their parameters, -1 for a parameter
-            that an operation lacks; both on the device of the images.
+            The views, [B, C, S, S] in [0, 1], crops of their own side. Beside a probe, `probe_ops` [B, 2] has its
+            operations as numbers in `datamodules.ctaugment.OPS` and `probe_bins` [B, 2, 2] the bins of their
+            parameters, -1 for a parameter that an operation lacks; both on the device of the images.
 
         Raises:
             ValueError: The images have another shape or are no floats, or a name is unknown.
@@ -133,14 +137,13 @@ class BatchViews(_Views):
             size = max(1, _PART_NUMBERS // images[0].numel()) if size else 0
         if size >= len(images):
             return self._apply_at_once(images, plan)
-        result = torch.empty_like(images)
-        for start in range(0, len(images), size):
-            part = slice(start, start + size)
-            result[part] = self._apply_at_once(images[part], plan.of(part))
-        return result
+        parts = [slice(start, start + size) for start in range(0, len(images), size)]
+        return torch.cat([self._apply_at_once(images[part], plan.of(part)) for part in parts])
 
     def _apply_at_once(self, images: Tensor, plan: Plan) -> Tensor:
         fill = self.settings.fill
+        if plan.crop is not None:
+            images = crop_images(images, plan.crop)
         if plan.shift is not None:
             images = shift_images(images, plan.shift, self.settings.pad)
         if plan.kinds is not None and plan.values is not None:
@@ -164,6 +167,7 @@ class WorkerViews(_Views):
         cutout: As for BatchViews.
         crop_padding: As for BatchViews.
         fill: As for BatchViews.
+        crops: As for BatchViews.
 
     Raises:
         ValueError: An argument is unknown or out of range.
@@ -178,8 +182,8 @@ class WorkerViews(_Views):
             seed: Of all random numbers of this call; no generator outside is read or changed.
 
         Returns:
-            The views, float32 [C, S, S] in [0, 1]. Beside a probe, `probe_ops` [2] and `probe_bins` [2, 2] as for
-            BatchViews.
+            The views, float32 [C, S, S] in [0, 1], crops of their own side. Beside a probe, `probe_ops` [2] and
+            `probe_bins` [2, 2] as for BatchViews.
 
         Raises:
             ValueError: The image has another shape or is not of 8 bits, or a name is unknown.

@@ -10,6 +10,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from PIL.Image import Resampling, Transform
 
 from datamodules.segmentation.decoding import UInt8Array
+from datamodules.views.crops import Crop
 from datamodules.views.policies import KINDS, Plan, ViewSettings
 
 _FILTERS = (
@@ -32,8 +33,10 @@ def apply_plan(pixels: UInt8Array, plan: Plan, settings: ViewSettings) -> UInt8A
         settings: What views are made of.
 
     Returns:
-        A new array of the same shape.
+        A new array, of the same shape but for a crop.
     """
+    if plan.crop is not None:
+        pixels = _cropped(pixels, plan.crop)
     if plan.shift is not None:
         flip, top, left = (int(number) for number in (plan.shift.flip, plan.shift.top, plan.shift.left))
         pixels = _shifted(pixels, bool(flip), top, left, settings.pad)
@@ -46,6 +49,14 @@ def apply_plan(pixels: UInt8Array, plan: Plan, settings: ViewSettings) -> UInt8A
     if plan.hole is not None:
         image = _cut(image, plan.hole[0].tolist(), fill)
     return np.array(image).reshape(pixels.shape)
+
+
+def _cropped(pixels: UInt8Array, crop: Crop) -> UInt8Array:
+    top, left, height, width = (int(part) for part in (crop.top, crop.left, crop.height, crop.width))
+    cut = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+    image = Image.fromarray(cut[..., 0] if cut.shape[2] == 1 else cut)
+    made = np.array(image.resize((crop.size, crop.size), Resampling.BILINEAR)).reshape(crop.size, crop.size, -1)
+    return np.ascontiguousarray(made[:, ::-1]) if bool(crop.flip) else made
 
 
 @cache
@@ -91,6 +102,14 @@ def _rescaled(image: Image.Image, values: list[float], fill: int) -> Image.Image
     return image.crop((first, first, last, last)).resize(image.size, _FILTERS[int(values[1] * len(_FILTERS))])
 
 
+def _turned(image: Image.Image, values: list[float], fill: int) -> Image.Image:
+    if image.mode == "L":
+        return image
+    hue, saturation, value = image.convert("HSV").split()
+    turned = hue.point([(level + round(255 * values[0])) % 256 for level in range(256)])
+    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+
+
 # Of an image, its three values (see `policies.Plan`) and the grey level that fills what comes from outside.
 OPERATIONS: dict[str, _Operation] = {
     "identity": lambda image, values, fill: image,
@@ -112,4 +131,6 @@ OPERATIONS: dict[str, _Operation] = {
     "translate_y": lambda image, values, fill: _affine(image, (1, 0, 0, 0, 1, round(values[0] * image.width)), fill),
     "cutout": lambda image, values, fill: _cut(image, values, fill),
     "rescale": _rescaled,
+    "hue": _turned,
+    "gaussian": lambda image, values, fill: image.filter(ImageFilter.GaussianBlur(values[0])),
 }

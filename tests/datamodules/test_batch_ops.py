@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as T
@@ -54,6 +55,11 @@ def _rescaled(image: Tensor, margin: float, kind: int) -> Tensor:
     return _pillow(image, lambda pil: pil.crop(box).resize((side, side), FILTERS[kind]))
 
 
+def _gaussian(image: Tensor, deviation: float) -> Tensor:
+    blurred = gaussian_filter(image.double().numpy(), (0, deviation, deviation), mode="nearest", truncate=3.0)
+    return torch.from_numpy(blurred).float()
+
+
 def _blend(other: Tensor, image: Tensor, weight: float) -> Tensor:
     return weight * image + (1 - weight) * other
 
@@ -79,6 +85,8 @@ ORACLES: dict[str, tuple[float, float, Callable[[Tensor, float, float], Tensor],
     "translate_y": (-0.3, 0.3, lambda x, v, w: _moved(x, shift=(0, -round(v * x.shape[-1]))), 2e-3),
     # Pillow rounds to 8 bits between and after the two directions.
     "rescale": (0, 0.25, lambda x, v, w: _rescaled(x, v, int(6 * w)), 2.01 / 255),
+    "hue": (-0.5, 0.5, lambda x, v, w: T.adjust_hue(x, v), 1e-5),
+    "gaussian": (0.1, 3, lambda x, v, w: _gaussian(x, v), 1e-5),
 }
 
 

@@ -157,8 +157,8 @@ def test_unknown_views() -> None:
     data = digits()
     with pytest.raises(ValueError, match=r"`labeled` to name views out of \('plain'.*got 'blurred'"):
         data.declare_views(("blurred",), ())
-    with pytest.raises(ValueError, match="`labeled` to name at least one view"):
-        data.declare_views((), ("weak",))
+    with pytest.raises(ValueError, match="`labeled` or `unlabeled` to name a view"):
+        data.declare_views((), ())
     probing = digits(strong="ctaugment")
     probing.declare_views(("weak", "probe"), ("weak", "strong"))
     with pytest.raises(ValueError, match=r"`unlabeled` to name views out of .*got 'probe'"):
