@@ -62,7 +62,7 @@ class PseudoLabelWriter(BasePredictionWriter):
     replaced.
 
     An image has its most likely class, its probability, and what it was to the fit. Labels that a source hides are
-    never looked at. Each option below leaves images out, but never those that people labelled (with `true_labels`);
+    never looked at. Options leave images out, but never those that people labelled (with `true_labels`):
     `min_precision` comes first, then `min_confidence`, then `balance` and `max_per_class`. A class without any image
     is an error: a generator would draw noise for it.
 
@@ -70,9 +70,9 @@ class PseudoLabelWriter(BasePredictionWriter):
 
     Args:
         output_dir: Folder of the artifact; a relative one is below the current directory. Made if missing.
-        true_labels: Images that people labelled keep these labels, with confidence 1. If not, all images have the
-            module's, as in You et al. 2023 (Diffusion Models and Semi-Supervised Learners Benefit Mutually with Few
-            Labels).
+        true_labels: Images that people labelled, those held out to validate on included, keep these labels, with
+            confidence 1; a `label_noise` of the data is in them. If not, all images have the module's, as in You et
+            al. 2023 (Diffusion Models and Semi-Supervised Learners Benefit Mutually with Few Labels).
         min_confidence: Leave out images whose label is less sure, in [0, 1].
         balance: Let each class keep as many of its surest images as the rarest one has.
         max_per_class: Let each class keep as many of its surest images at most; None keeps all.

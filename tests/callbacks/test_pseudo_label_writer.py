@@ -526,3 +526,12 @@ def test_a_manifest_that_was_edited(tmp_path: Path) -> None:
     )
     assert is_written(tmp_path / "labels", origin)
     assert not is_written(tmp_path / "labels", replace(origin, config_hash="d" * 64))
+
+
+def test_of_equally_likely_classes_the_first_is_best(tmp_path: Path) -> None:
+    module = Lookup()
+    module.table[:, 1:] = module.table[:, :1]
+    fit(tmp_path / "labels", module, top_k=3)
+    best = read(tmp_path / "labels").table.top_labels
+    assert best is not None
+    assert best.tolist() == [[0, 1, 2]] * N
