@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +211,21 @@ def _require_what_stages_write(config: Path, overlay: Path | None) -> None:
         earlier = stages or [*named, *(stage for path in named for stage in _stages(path))]
         fits = [_resolved_stage(path, overlay, config) for path in earlier]
         assert set(checkpoints) <= {f"{fit['trainer']['default_root_dir']}/checkpoints/last.ckpt" for fit in fits}
+        judge = resolved["model"]["init_args"].get("classifier_from")
+        for fit in fits:
+            if judge == f"{fit['trainer']['default_root_dir']}/checkpoints/last.ckpt":
+                assert _noise(fit) == _noise(resolved), "the classifier has learned from other noise"
         assert set(artifacts) <= {folder for fit in fits for folder in _artifacts_written(fit)}
     everything = [*folders, resolved["trainer"]["default_root_dir"]]
     assert len(set(everything)) == len(everything), "two fits write into one directory"
     assert "${" not in yaml.safe_dump(resolved)
+
+
+def _noise(resolved: dict[str, Any]) -> dict[str, Any]:
+    process = resolved["model"]["init_args"]["process"] or {"class_path": "lightning_modules.EDMProcess"}
+    package, _, name = process["class_path"].rpartition(".")
+    settings: dict[str, Any] = getattr(import_module(package), name)(**process.get("init_args", {})).settings()
+    return settings
 
 
 def _checkpoints_taken(content: object) -> Iterator[str]:
