@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -15,7 +16,7 @@ from datamodules.classification.prepare import Reading, check_least, image_side,
 from datamodules.classification.pseudo import labels_from
 from datamodules.classification.splits import LabelPlan, LongTail, require_every_class
 from datamodules.classification.store import PixelStore
-from datamodules.classification.streams import BatchKey, Drawn, Pool, StreamName, StreamSampler, view_seed
+from datamodules.classification.streams import BatchKey, Drawn, Pool, Quota, StreamName, StreamSampler, view_seed
 from datamodules.label_noise import LabelNoise
 from datamodules.loading import LateLoader, world
 from datamodules.views.batch_ops import shift_images
@@ -31,7 +32,10 @@ class GenerationDataModule(ClassificationDataModule):
     A training batch is {"image", "label", "index"}, images float32 [B, C, H, W] in [0, 1]; with `flip` also "flip",
     bool [B]: which images are mirrored. `label` is the given label, noise included, when trained and validated on, and
     the true one when tested on. Images of one split are numbered from 0 (`index`); -1 in a batch to evaluate marks a
-    filler. What a source has hidden labels for (see ArraySource) is not trained on, and they are never looked at.
+    filler. With pseudo-labels that kept those which people gave (`true_labels` of PseudoLabelWriter) a training batch
+    also has "trusted", bool [B]: whose label people gave.
+
+    What a source has hidden labels for (see ArraySource) is not trained on, and they are never looked at.
 
     The images are an endless series of seeded permutations, cut into batches of one size. Order and flips of a batch
     are functions of `seed`, epoch and rank, so that a fit that goes on from a checkpoint sees what it would have seen.
@@ -51,6 +55,9 @@ class GenerationDataModule(ClassificationDataModule):
         min_confidence: Leave out images whose pseudo-label is less sure than that, in [0, 1].
         min_per_class: Least images of a class to train on; with fewer of one nothing is trained. A class that is
             hardly seen is drawn as noise.
+        trusted_share: Share of each batch, in (0, 1), that are images whose label people gave, for a classifier of
+            noisy images, which otherwise hardly sees them; None draws from all images alike. Only with
+            `pseudo_labels`.
         flip: Mirror every second image, by chance. Digits do not survive it.
         shift: Largest shift of an image in pixels, rows and columns each by chance, edges reflected. It keeps a
             classifier of noisy images from learning wrong labels by heart; what a generator draws would be shifted as
@@ -82,6 +89,7 @@ class GenerationDataModule(ClassificationDataModule):
         pseudo_labels: str | None = None,
         min_confidence: float = 0.0,
         min_per_class: int = 1,
+        trusted_share: float | None = None,
         flip: bool = False,
         shift: int = 0,
         steps_per_epoch: int | None = None,
@@ -114,6 +122,7 @@ class GenerationDataModule(ClassificationDataModule):
         self.pseudo_labels = pseudo_labels
         self.min_confidence = min_confidence
         self.min_per_class = min_per_class
+        self.trusted_share = trusted_share
         self._check_pseudo_labels()
         check_least("min_per_class", min_per_class, 1)
         check_least("shift", shift, 0)
@@ -124,6 +133,8 @@ class GenerationDataModule(ClassificationDataModule):
         self.shift = shift
         self._with_images = True
         self._train: _GivenImages | None = None
+        # By row of the data: whose label people gave; None without pseudo-labels.
+        self._by_people: npt.NDArray[np.bool_] | None = None
 
     def _check_pseudo_labels(self) -> None:
         if not 0 <= self.min_confidence <= 1:
@@ -135,6 +146,15 @@ class GenerationDataModule(ClassificationDataModule):
                 "of a source have no confidence. Leave `min_confidence` out."
             )
             raise ValueError(msg)
+        if self.trusted_share is not None:
+            few = round(self.trusted_share * self.batch_size)
+            if self.pseudo_labels is None or not 0 < few < self.batch_size:
+                msg = (
+                    f"Expected argument `trusted_share` only with `pseudo_labels`, and to leave each batch of "
+                    f"{self.batch_size} some images of both kinds, but got {self.trusted_share} with "
+                    f"{self.pseudo_labels}; leave it out, or choose another share."
+                )
+                raise ValueError(msg)
         if self.pseudo_labels is not None and self.label_noise is not None:
             msg = (
                 f"Expected only one of the arguments `label_noise` and `pseudo_labels`, but got both; {_WHY_ONE}. "
@@ -212,7 +232,7 @@ class GenerationDataModule(ClassificationDataModule):
 
     def _relabelled(self, contents: Contents, images: str) -> Contents:
         train = np.asarray(contents.roles) == "train"
-        labels = labels_from(
+        labels, self._by_people = labels_from(
             str(self.pseudo_labels), contents.keys, train, self.class_names, images, self.min_confidence
         )
         remedy = "Label the images with a better module, or leave fewer out"
@@ -244,10 +264,23 @@ class GenerationDataModule(ClassificationDataModule):
         rows, size = data.split.labeled, self.batch_size
         # All ranks share an epoch: more of them take fewer steps.
         steps = self.steps_per_epoch or max(len(rows) // (size * world()[0]), 1)
-        sampler = StreamSampler({_STREAM: Pool(len(rows), size)}, steps, self.seed)
+        trusted = None if self._by_people is None else torch.from_numpy(self._by_people[rows])
+        sampler = StreamSampler({_STREAM: Pool(len(rows), size, quota=self._quota(trusted))}, steps, self.seed)
         draws = _Draws(self.seed, self.flip, self.shift)
-        self._train = _GivenImages(data.store, rows, self._given(rows), steps, draws, self._with_images)
+        self._train = _GivenImages(data.store, rows, self._given(rows), trusted, steps, draws, self._with_images)
         return LateLoader(self._train, batch_size=None, sampler=sampler, **self._settings())
+
+    def _quota(self, trusted: Tensor | None) -> Quota | None:
+        if self.trusted_share is None or trusted is None:
+            return None
+        if not bool(trusted.any()) or bool(trusted.all()):
+            msg = (
+                f"Expected `pseudo_labels` of which people gave some, not all, for `trusted_share`, but they gave "
+                f"{int(trusted.sum())} of the {len(trusted)} in {self.pseudo_labels}; write them with `true_labels`, "
+                "or leave `trusted_share` out."
+            )
+            raise ValueError(msg)
+        return Quota(trusted.nonzero().flatten().numpy(), round(self.trusted_share * self.batch_size))
 
     def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the training images in order, as `sweep_dataloader` does but without fillers."""
@@ -261,6 +294,7 @@ class _GivenImages(Dataset[dict[str, Any]]):
     store: PixelStore
     rows: Int64Array
     labels: Tensor
+    trusted: Tensor | None
     steps: int
     draws: "_Draws"
     with_images: bool
@@ -272,6 +306,8 @@ class _GivenImages(Dataset[dict[str, Any]]):
         drawn = key[_STREAM]
         index = torch.from_numpy(drawn.index)
         batch = {"label": self.labels[index], "index": index}
+        if self.trusted is not None:
+            batch["trusted"] = self.trusted[index]
         shift = self.draws.shifts(drawn)
         if self.draws.flip:
             batch["flip"] = shift.flip

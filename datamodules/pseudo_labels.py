@@ -96,6 +96,14 @@ class PseudoLabels:
         """Whether its writer was asked to leave images out: some may have no row."""
         return self.manifest.get("selection") is not None
 
+    @property
+    def by_people(self) -> npt.NDArray[np.bool_]:
+        """Which rows have the label that people gave the image, bool [N]; without `true_labels` none has."""
+        made_with = self.manifest.get("made_with")
+        kept = isinstance(made_with, Mapping) and made_with.get("true_labels") is True
+        found: npt.NDArray[np.bool_] = (self.table.splits == SPLITS.index("labeled")) & kept
+        return found
+
     def require(self, class_names: Sequence[str], fingerprint: str | None = None) -> None:
         """Refuse labels that do not belong to a data set.
 

@@ -39,6 +39,23 @@ def load_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
     return checkpoint
 
 
+def require_weights(path: str | Path, argument: str) -> None:
+    """Refuse what a fit cannot start from: no checkpoint, and no encoder as others publish them (`encoder_from`).
+
+    Args:
+        path: The file, or the folder of an exported network.
+        argument: The name of the argument that holds the path.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read.
+    """
+    if argument == "encoder_from" and Path(path).is_file():
+        read_tensor_file(path, argument)
+    else:
+        load_checkpoint(path, argument)
+
+
 def _exported(folder: Path, argument: str) -> dict[str, Any]:
     """An exported network as the part of a checkpoint that it came from."""
     read_arguments(folder, argument)

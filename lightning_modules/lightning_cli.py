@@ -22,9 +22,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_modules import stages
-from lightning_modules.checkpoints import file_sha256, load_checkpoint
+from lightning_modules.checkpoints import file_sha256, load_checkpoint, require_weights
 from lightning_modules.command_line import overlays_last, refuse
-from lightning_modules.networks.tensor_files import read_tensor_file
 from lightning_modules.pipeline import Pipeline, add_arguments, resolved_settings, round_flags
 from lightning_modules.run_config import config_hash, differences, input_files
 from lightning_modules.run_files import LastCheckpoint, RunRecord, artifact_files, ran_out_of_time, with_own_plugins
@@ -318,9 +317,7 @@ class FewlightCLI(LightningCLI):
             if key.startswith("model.") and name in _STARTS_FROM and isinstance(value, str):
                 path = Path(value).expanduser()
                 if path not in to_come or self._is_dry:
-                    # An encoder may be one that others published, in a file that is none of Lightning's.
-                    read = read_tensor_file if name == "encoder_from" and path.is_file() else load_checkpoint
-                    read(path, name)
+                    require_weights(path, name)
 
     def _fit_and_test(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=self._ckpt_path, weights_only=True)

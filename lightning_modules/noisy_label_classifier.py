@@ -137,7 +137,7 @@ class NoisyLabelClassifier(NoisyPosterior):
         x = _noisy(x, sigma, torch.randn_like(x))
         log_q = self._log_posterior(self.network, x, sigma)
         log_t = self.transition.log() if self.learned is None else self.learned.log_matrix().float()
-        nll = -given_log_likelihood(log_q, label, log_t)
+        nll = -given_log_likelihood(log_q, label, log_t, found.get("trusted"))
         loss, parts = nll.mean(), {"train_nll": nll.detach().mean()}
         if self.learned is not None:
             volume = self.learned.penalty()
@@ -294,7 +294,7 @@ class NoisyLabelClassifier(NoisyPosterior):
             raise ValueError(msg)
         label = found["label"]
         found = {"index": torch.arange(len(label), device=label.device)} | found
-        found = {name: found[name] for name in ("image", "label", "index", "flip") if name in found}
+        found = {name: found[name] for name in ("image", "label", "index", "flip", "trusted") if name in found}
         real = found["index"] >= 0
         if not bool(real.all()):
             found = {name: values[real] for name, values in found.items()}

@@ -195,7 +195,14 @@ class TDSMDiffusion(BaseModule):
     # ---------------------------------------------------------------- training
 
     def loss_per_image(
-        self, network: nn.Module, x: Tensor, sigma: Tensor, eps: Tensor, label: Tensor, weighted: bool = True
+        self,
+        network: nn.Module,
+        x: Tensor,
+        sigma: Tensor,
+        eps: Tensor,
+        label: Tensor,
+        weighted: bool = True,
+        trusted: Tensor | None = None,
     ) -> Tensor:
         """The loss of each image.
 
@@ -206,18 +213,25 @@ class TDSMDiffusion(BaseModule):
             eps: Standard normal noise like the images.
             label: Given labels [B]; K for none.
             weighted: Whether to weight the classes; false takes the labels as they are.
+            trusted: Labels that are right for certain, bool [B]; None for none.
 
         Returns:
             [B].
         """
         noisy = x + sigma.view(-1, 1, 1, 1) * eps
         denoiser = ClassDenoiser(network, self.process)
-        estimate = self.weighting.estimate(denoiser, noisy, sigma, label) if weighted else denoiser(noisy, sigma, label)
+        if weighted:
+            estimate = self.weighting.estimate(denoiser, noisy, sigma, label, trusted)
+        else:
+            estimate = denoiser(noisy, sigma, label)
         error = F.mse_loss(estimate.float(), x.float(), reduction="none").mean((1, 2, 3))
         return self.process.image_weight(sigma) * error
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The loss on a batch of image [B, C, H, W] in [0, 1], label [B] and index [B]."""
+        """The loss on a batch of image [B, C, H, W] in [0, 1], label [B] and index [B].
+
+        Labels that are right for certain, such as those that people gave, are `trusted`, bool [B].
+        """
         label = batch["label"]
         require_labels(label, self.num_classes)
         self.count_images(len(label))
@@ -227,7 +241,7 @@ class TDSMDiffusion(BaseModule):
         dropped = torch.rand(len(x), device=x.device) < self.label_dropout
         label = torch.where(dropped, self.num_classes, label)
         network = self._compiled[0] if self._compiled else self.network
-        losses = self.loss_per_image(network, x, sigma, eps, label)
+        losses = self.loss_per_image(network, x, sigma, eps, label, trusted=batch.get("trusted"))
         loss = losses.mean()
         self.loss_by_level.update(losses.detach(), level_bin(self.process, sigma, self.num_level_bins))
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(x))

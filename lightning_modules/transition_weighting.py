@@ -140,7 +140,9 @@ class TransitionWeighting(nn.Module):
             (logits.float() / self.temperature).log_softmax(1), label, log_transition(self.transition)
         )
 
-    def estimate(self, denoiser: ClassDenoiser, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+    def estimate(
+        self, denoiser: ClassDenoiser, x: Tensor, sigma: Tensor, label: Tensor, trusted: Tensor | None = None
+    ) -> Tensor:
         """Estimate clean images from noisy ones of given labels, as a mixture over the clean classes.
 
         Args:
@@ -148,6 +150,7 @@ class TransitionWeighting(nn.Module):
             x: Noisy images, [B, C, H, W].
             sigma: Their noise levels, [B].
             label: Given labels [B]; K for none: such images are estimated without a class.
+            trusted: Labels that are right for certain and get all weight, bool [B]; None for none.
 
         Returns:
             [B, C, H, W], with a gradient through the given label's estimate only.
@@ -156,6 +159,9 @@ class TransitionWeighting(nn.Module):
         weights = self.weights(denoiser.process, x, sigma, torch.where(is_null, 0, label))
         if weights is None:
             return denoiser(x, sigma, label)  # type: ignore[no-any-return]  # modules return Any
+        if trusted is not None:
+            right = F.one_hot(torch.where(is_null, 0, label), self.num_classes).to(weights)
+            weights = torch.where(trusted[:, None], right, weights)
         # "No class" is a column of its own, and the only one that counts for an image without a label.
         of_null = F.one_hot(torch.tensor(self.num_classes), self.num_classes + 1).to(weights)
         weights = torch.where(is_null[:, None], of_null, F.pad(weights, (0, 1)))

@@ -22,7 +22,8 @@ FORBIDDEN = {
     r"lightning_modules(?!\.(networks|diffusion|ssl|metrics)(\.|$))",
     r"lightning_modules/(networks|diffusion|ssl)/": r"torchmetrics(\.|$)",
     # What is run arrives in the command line as class_paths.
-    r"lightning_modules/(cli|command_line|lightning_cli|pipeline|run_config|run_files|stages|stage_summary|__main__)\.py": (
+    r"lightning_modules/(cli|command_line|lightning_cli|pipeline|run_config|run_files|stages|stage_summary|__main__)"
+    r"\.py": (
         r"lightning_modules\.(?!(checkpoints|cli|command_line|export|lightning_cli|pipeline|run_config|run_files|"
         r"stage_summary|stages)$)"
     ),

@@ -130,7 +130,7 @@ class Mixture:
         if drawn is None or split == "unlabeled":
             return None
         first, count = self.counts["labeled"], self.counts["synthetic"]
-        return Quota(first, first + count, drawn)
+        return Quota(np.arange(first, first + count), drawn)
 
     def store(self, reading: Reading) -> Pixels:
         """Return the images, drawn ones behind those of the source; decodes the drawn ones when first called.
@@ -221,7 +221,7 @@ def _guessed(data: Prepared, plan: MixPlan, class_names: Sequence[str]) -> tuple
     train = np.asarray(data.roles) == "train"
     labels = labels_from(
         plan.pseudo_labels, data.keys, train, class_names, data.images_fingerprint, plan.min_confidence
-    )
+    ).labels
     rest = np.setdiff1d(data.split.unlabeled, data.split.labeled)
     rows = rest[labels[rest] != UNKNOWN]
     if not len(rows):

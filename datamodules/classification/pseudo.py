@@ -1,6 +1,7 @@
 """Images that a module gives pseudo-labels to, and pseudo-labels in place of the labels of a source."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,18 @@ class ImagesToLabel(EvalImages):
         self.left_out = left_out
 
 
+class PseudoLabelled(NamedTuple):
+    """Labels of images.
+
+    Attributes:
+        labels: Class ids int64 [N], -1 for none.
+        by_people: Which of them people gave, bool [N].
+    """
+
+    labels: Int64Array
+    by_people: npt.NDArray[np.bool_]
+
+
 def labels_from(
     folder: str,
     keys: Sequence[str],
@@ -46,7 +59,7 @@ def labels_from(
     class_names: Sequence[str],
     images_fingerprint: str,
     min_confidence: float = 0.0,
-) -> Int64Array:
+) -> "PseudoLabelled":
     """Look up the pseudo-labels of the training images of a source.
 
     Args:
@@ -58,8 +71,8 @@ def labels_from(
         min_confidence: Leave out pseudo-labels that are less sure than that, in [0, 1].
 
     Returns:
-        Class ids [N]; -1 for images that are not trained on, and for those without a pseudo-label (which only an
-        artifact that left images out may have) or with one that is not sure enough.
+        Class ids, -1 for images that are not trained on, and for those without a pseudo-label (which only an
+        artifact that left images out may have) or with one that is not sure enough; and which people gave.
 
     Raises:
         FileNotFoundError: The folder is missing or not finished.
@@ -70,7 +83,7 @@ def labels_from(
     found.require(class_names, images_fingerprint)
     sure = train & (rows >= 0) & (found.table.confidence[rows] >= min_confidence)
     labels: Int64Array = np.where(sure, found.table.labels[rows], UNKNOWN)
-    return labels
+    return PseudoLabelled(labels, sure & found.by_people[rows])
 
 
 def _matched(found: PseudoLabels, keys: Sequence[str], train: npt.NDArray[np.bool_]) -> Int64Array:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -37,18 +36,12 @@ class Quota:
     """Images of which every batch holds as many.
 
     Attributes:
-        first: The first of their indices.
-        stop: The end of them.
+        indices: Theirs.
         count: How many of each batch of one rank they are.
     """
 
-    first: int
-    stop: int
+    indices: Int64Array
     count: int
-
-    def holds(self, indices: Int64Array) -> npt.NDArray[np.bool_]:
-        """Say which indices are theirs."""
-        return (indices >= self.first) & (indices < self.stop)
 
 
 @dataclass
@@ -78,7 +71,7 @@ class Pool:
             size = self.size if self.selected is None else len(self.selected)
             return [_Part(Stream(size, seed, (salt,)), self.selected, self.batch_size)]
         indices = np.arange(self.size) if self.selected is None else self.selected
-        inside = self.quota.holds(indices)
+        inside = np.isin(indices, self.quota.indices)
         rest, fixed = indices[~inside], indices[inside]
         return [
             _Part(Stream(len(rest), seed, (salt,)), rest, self.batch_size - self.quota.count),

@@ -128,18 +128,24 @@ def reverse_transition(matrix: Tensor, prior: Tensor | None = None) -> Tensor:
     return joint / given
 
 
-def given_log_likelihood(log_posterior: Tensor, label: Tensor, log_transition: Tensor) -> Tensor:
+def given_log_likelihood(
+    log_posterior: Tensor, label: Tensor, log_transition: Tensor, trusted: Tensor | None = None
+) -> Tensor:
     """Log-probabilities of given labels, log sum_i q_i T[i, label] (forward correction, Patrini et al. 1609.03683).
 
     Args:
         log_posterior: log q, the log-probabilities of the clean classes [B, K].
         label: Given labels [B].
         log_transition: log T [K, K]; -inf where T is 0.
+        trusted: Labels that are right for certain, whose log-probability is log q_label, bool [B]; None for none.
 
     Returns:
         [B].
     """
-    return torch.logsumexp(log_posterior + log_transition[:, label].T, 1)
+    corrected = torch.logsumexp(log_posterior + log_transition[:, label].T, 1)
+    if trusted is None:
+        return corrected
+    return torch.where(trusted, log_posterior.gather(1, label[:, None])[:, 0], corrected)
 
 
 def given_log_posterior(log_posterior: Tensor, log_transition: Tensor) -> Tensor:

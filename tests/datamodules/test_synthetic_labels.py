@@ -271,7 +271,9 @@ def test_pseudo_labelled_images_count_as_real_ones_in_a_share(tmp_path: Path) ->
 
 def test_ranks_share_the_stream_and_its_drawn_part() -> None:
     def drawn(batch_size: int, count: int, ranks: int, rank: int) -> list[list[int]]:
-        sampler = StreamSampler({"labeled": Pool(20, batch_size, None, Quota(7, 18, count))}, 5, 3, ranks, rank)
+        sampler = StreamSampler(
+            {"labeled": Pool(20, batch_size, None, Quota(np.arange(7, 18), count))}, 5, 3, ranks, rank
+        )
         sampler.set_epoch(2)
         return [key["labeled"].index.tolist() for key in sampler]
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import yaml
+from cli_runs import config
 
 from lightning_modules.cli import main
 from lightning_modules.command_line import known_variables, overlays_last, variable_flags
 from lightning_modules.lightning_cli import FewlightCLI
 from lightning_modules.stages import Stage
-from tests.cli_runs import config
 
 
 @pytest.fixture(autouse=True)
