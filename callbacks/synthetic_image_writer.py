@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -93,6 +94,8 @@ class SyntheticImageWriter(BasePredictionWriter):
             return
         if not isinstance(pl_module, sampling.Draws):
             raise TypeError(lacks_method(pl_module, "draw(request)", type(self)))
+        if self.request.is_open:
+            self.request = replace(self.request, num_classes=self._classes_of_data(trainer))
         if self.output_dir.resolve() == Path(trainer.default_root_dir).resolve():
             msg = (
                 f"Expected `output_dir` to be a folder of its own, got the directory of the run, {self.output_dir}; "
@@ -266,6 +269,16 @@ class SyntheticImageWriter(BasePredictionWriter):
 
     def _num_classes(self, trainer: pl.Trainer) -> int | None:
         return getattr(getattr(trainer, "datamodule", None), "num_classes", None)
+
+    def _classes_of_data(self, trainer: pl.Trainer) -> int:
+        found = self._num_classes(trainer)
+        if found is None:
+            msg = (
+                "Expected `request` with `num_classes`, or data that know how many classes there are, got neither; say "
+                "how many."
+            )
+            raise ValueError(msg)
+        return found
 
     def _known_to_data(self, trainer: pl.Trainer) -> dict[str, Any]:
         data = getattr(trainer, "datamodule", None)

@@ -30,7 +30,8 @@ class DrawRequest:
             multistep) solve its ODE, ancestral its SDE.
         num_steps: Steps of the sampler.
         images_per_class: Number of images of each class, or one number for all of them; None for pairs.
-        num_classes: Number K of classes that `images_per_class` is about; None for pairs.
+        num_classes: Number K of classes that `images_per_class` is about; None for pairs. SyntheticImageWriter takes a
+            missing one from the data when a fit starts; until then such a request names no image.
         guidance: Weight w of classifier-free guidance, D = D_c + w (D_c - D_null) for the denoisers of class c and of
             no class; 0 is none. Only for images of classes.
 
@@ -62,17 +63,22 @@ class DrawRequest:
                 msg = f"Expected argument `{name}` to be at least {minimum}, but got {value}."
                 raise ValueError(msg)
         _require_classes(self.images_per_class, self.num_classes, self.guidance)
-        if self._seeds[-1] >= 2**32:
+        if self.sampler not in get_args(SamplerName):
+            names = ", ".join(get_args(SamplerName))
+            msg = f"Expected argument `sampler` to be one of {names}, but got {self.sampler!r}."
+            raise ValueError(msg)
+        if not self.is_open and self._seeds[-1] >= 2**32:
             # PyTorch reads 32 bits of a seed.
             msg = (
                 f"Expected argument `first_seed` to leave the seeds of {self.total} images below 2^32, but got "
                 f"{self.first_seed}; start from a smaller one."
             )
             raise ValueError(msg)
-        if self.sampler not in get_args(SamplerName):
-            names = ", ".join(get_args(SamplerName))
-            msg = f"Expected argument `sampler` to be one of {names}, but got {self.sampler!r}."
-            raise ValueError(msg)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody has said yet how many classes there are."""
+        return self.has_classes and self.num_classes is None
 
     @property
     def has_classes(self) -> bool:
@@ -161,7 +167,9 @@ def _require_classes(images_per_class: int | list[int] | None, num_classes: int 
                 msg = f"Expected argument `{name}` only with `images_per_class`, but got {value}; leave it out."
                 raise ValueError(msg)
         return
-    if num_classes is None or num_classes < 2:
+    if num_classes is None and isinstance(images_per_class, list):
+        num_classes = len(images_per_class)
+    if num_classes is not None and num_classes < 2:
         msg = f"Expected argument `num_classes` to be at least 2 with `images_per_class`, but got {num_classes}."
         raise ValueError(msg)
     if not (math.isfinite(guidance) and guidance >= 0):

@@ -507,6 +507,18 @@ def test_more_images_of_a_class_change_none(tmp_path: Path) -> None:
     assert sum(name.endswith(".png") for name in more) == 17
 
 
+def test_the_data_say_how_many_classes_there_are(tmp_path: Path) -> None:
+    fit(tmp_path / "told", ClassPainter(), replace(CLASSES, images_per_class=3))
+    fit(tmp_path / "asked", ClassPainter(), replace(CLASSES, images_per_class=3, num_classes=None))
+    assert files(tmp_path / "told") == files(tmp_path / "asked")
+    data = Ones()
+    data.num_classes = None  # type: ignore[assignment] # data that do not know
+    with pytest.raises(ValueError, match="`request` with `num_classes`, or data that know"):
+        trainer(
+            SyntheticImageWriter(str(tmp_path / "never"), replace(CLASSES, images_per_class=3, num_classes=None))
+        ).fit(ClassPainter(), data)
+
+
 class OddlyNamed(Ones):
     """Has a class that cannot be a folder."""
 

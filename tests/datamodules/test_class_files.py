@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,6 @@ def test_the_same_request_said_otherwise_is_the_same() -> None:
         ({"num_images": 3, "images_per_class": 3, "num_classes": 3}, "`images_per_class` .*, but got both"),
         ({"num_images": 3, "num_classes": 3}, "`num_classes` only with `images_per_class`, but got 3"),
         ({"num_images": 3, "guidance": 1.0}, r"`guidance` only with `images_per_class`, but got 1\.0"),
-        ({"images_per_class": 3}, "`num_classes` to be at least 2 with `images_per_class`, but got None"),
         ({"images_per_class": 3, "num_classes": 1}, "`num_classes` to be at least 2"),
         ({"images_per_class": [3, 1], "num_classes": 3}, r"one number for each of 3 classes .*, but got 2"),
         ({"images_per_class": [3, -1], "num_classes": 2}, r"at least 0, .* but got \[3, -1\]"),
@@ -93,6 +93,14 @@ def test_the_same_request_said_otherwise_is_the_same() -> None:
 def test_request_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DrawRequest(**{"num_images": None, "image_size": 8} | arguments)
+
+
+def test_a_request_whose_number_of_classes_is_to_be_told_is_open() -> None:
+    request = DrawRequest(None, 8, images_per_class=3)
+    assert request.is_open
+    assert not replace(request, num_classes=2).is_open
+    assert replace(request, num_classes=2) == DrawRequest(None, 8, images_per_class=3, num_classes=2)
+    assert not DrawRequest(3, 8).is_open
 
 
 def test_sampling() -> None:
