@@ -7,6 +7,7 @@ with stages of the same names, `--config`):
     self-training   the same classifier on all images with these pseudo-labels: nothing is drawn
     plain           a diffusion model on the pseudo-labels, then the classifier on K drawn images a class and the labels
     tdsm            the same with a diffusion model that weighs the pseudo-labels by how likely they are wrong
+    relabelled      self-training with the labels of the classifier of noisy images that weighs them: nothing is drawn
 
 and the differences to the first in points of test accuracy, in pairs, mean and standard error. A run that is finished
 is not repeated.
@@ -116,6 +117,7 @@ def run(
     second = [study.stage(case, "self_training", "self_training") for case in cases]
     second += [study.stage(case, "noisy_classifier", "noisy_classifier_1") for case in cases if "tdsm" in arms]
     run_all(second, at_once)
+    run_all([study.stage(case, "relabelled", "relabelled") for case in cases if "tdsm" in arms], at_once)
     run_all([study.generator(case, arm, judges[0]) for case in cases for arm in arms], at_once)
     run_all([study.last(case, arm, k) for case in cases for arm in arms for k in amounts], at_once)
 
@@ -138,6 +140,9 @@ class Results:
         self.gains: dict[str, dict[Case, float]] = {
             "self-training": {c: self._gain(study.stage(c, "self_training", "self_training"), c) for c in cases}
         }
+        if "tdsm" in arms:
+            jobs = {case: study.stage(case, "relabelled", "relabelled") for case in cases}
+            self.gains["relabelled"] = {case: self._gain(job, case) for case, job in jobs.items()}
         for arm in arms:
             for k in amounts:
                 self.gains[f"{arm} {k}"] = {c: self._gain(study.last(c, arm, k), c) for c in cases}
@@ -227,7 +232,7 @@ def chart(found: Results, arms: Sequence[str], amounts: Sequence[int]) -> str:
         (mean(found.first[c] for c in cases), f"{name}: {mean(found.first[c] for c in cases):.0f} %")
         for name, cases in groups
     ]
-    curves = {**{arm: f"{arm} {best}" for arm in arms}, "self-training": "self-training"}
+    curves = {arm: f"{arm} {best}" for arm in arms} | {g: g for g in found.gains if g.rpartition(" ")[0] not in arms}
     lines = [
         Line(
             arm,

@@ -13,12 +13,13 @@ from datamodules.classification.arrays import DigitsSource
 from datamodules.classification.base import ClassificationDataModule
 from datamodules.classification.contents import UNKNOWN, Contents, ImageSource, Int64Array
 from datamodules.classification.prepare import Reading, check_least, image_side, prepare
-from datamodules.classification.pseudo import labels_from
+from datamodules.classification.pseudo import ImagesToLabel, labels_from
 from datamodules.classification.splits import LabelPlan, LongTail, require_every_class
 from datamodules.classification.store import PixelStore
 from datamodules.classification.streams import BatchKey, Drawn, Pool, Quota, StreamName, StreamSampler, view_seed
 from datamodules.label_noise import LabelNoise
 from datamodules.loading import LateLoader, world
+from datamodules.pseudo_labels import SPLITS
 from datamodules.views.batch_ops import shift_images
 from datamodules.views.policies import Shift
 
@@ -245,18 +246,26 @@ class GenerationDataModule(ClassificationDataModule):
     # ---------------------------------------------------------------- loaders
 
     def label_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return every image to train on once, as ClassificationDataModule does.
+        """Return every image to train on once, as ClassificationDataModule does; pseudo-labels are no given labels.
 
         Raises:
-            ValueError: The labels are pseudo-labels: nobody knows here which of them people gave.
+            ValueError: The labels are pseudo-labels, and nobody knows which of them people gave.
         """
-        if self.pseudo_labels is not None:
+        if self.pseudo_labels is not None and (self._by_people is None or not self._by_people.any()):
             msg = (
                 f"Expected labels that people gave, to label the other images, but got `pseudo_labels` "
-                f"{self.pseudo_labels}; leave them out."
+                f"{self.pseudo_labels}, written without `true_labels`; leave them out, or write them with these."
             )
             raise ValueError(msg)
         return super().label_dataloader()
+
+    def _to_label(self) -> ImagesToLabel:
+        found = super()._to_label()
+        if self._by_people is not None:
+            people = self._by_people[found.rows]
+            found.labels = torch.where(torch.from_numpy(people), found.labels, UNKNOWN)
+            found.splits = np.where(people, SPLITS.index("labeled"), SPLITS.index("unlabeled"))
+        return found
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return training batches, whose order depends on `seed` and the epoch only."""

@@ -1,5 +1,6 @@
 """All images to train on, for who gives them labels."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from datamodules.classification.base import ClassificationDataModule
 from datamodules.classification.contents import Contents
 from datamodules.classification.pseudo import ImagesToLabel
 from datamodules.loading import EvalSampler, SampleKey
-from datamodules.pseudo_labels import SPLITS
+from datamodules.pseudo_labels import SPLITS, LabelTable, Origin, write
 
 _IMAGES = np.random.default_rng(1).integers(0, 256, (36, 5, 5), dtype=np.uint8)
 _GIVEN = np.where(np.arange(30) % 2 == 0, np.arange(30) // 2 % 3, -1)
@@ -97,9 +98,26 @@ def test_what_a_long_tail_takes_out_is_not_labelled() -> None:
     assert len(found["index"]) == len(kept)
 
 
-def test_pseudo_labels_are_not_what_people_gave() -> None:
-    with pytest.raises(ValueError, match=r"labels that people gave, .* but got `pseudo_labels` somewhere; leave them"):
-        GenerationDataModule(source(), pseudo_labels="somewhere").label_dataloader()
+def _label(folder: Path, true_labels: bool) -> GenerationDataModule:
+    """Generation from pseudo-labels 0, 1, 2, 0, ..., where images with a given label keep it."""
+    keys = list(source().read().keys[:30])
+    labels = np.where(_GIVEN < 0, np.arange(30) % 3, _GIVEN)
+    splits = np.where(_GIVEN < 0, SPLITS.index("unlabeled"), SPLITS.index("labeled"))
+    data = SemiSupervisedDataModule(source())
+    data.setup("fit")
+    origin = Origin(data.class_names, data.images_fingerprint, made_with={"true_labels": true_labels})
+    write(folder, LabelTable(keys, labels, np.ones(30, np.float32), splits), origin)
+    return GenerationDataModule(source(), pseudo_labels=str(folder))
+
+
+def test_of_pseudo_labels_only_those_that_people_gave_are_given(tmp_path: Path) -> None:
+    images, found = swept(_label(tmp_path, true_labels=True))
+    assert found["label"].tolist() == _GIVEN.tolist()
+    assert images.splits.tolist() == [SPLITS.index("unlabeled" if label < 0 else "labeled") for label in _GIVEN]
+    without = _label(tmp_path, true_labels=False)
+    without.setup("fit")
+    with pytest.raises(ValueError, match=r"labels that people gave, .* written without `true_labels`; leave them"):
+        without.label_dataloader()
 
 
 def test_predicting_the_images_to_train_on() -> None:
