@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.pseudo_labels import SPLITS, PseudoLabels
+from datamodules.pseudo_labels import PseudoLabels
 
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
@@ -55,7 +55,7 @@ def score(labels: PseudoLabels, truth_of: Callable[[Sequence[str]], npt.NDArray[
         truth_of: True class ids [N] of images by their names, -1 where nobody knows.
     """
     classes, table = len(labels.manifest["class_names"]), labels.table
-    own = table.splits != SPLITS.index("labeled")
+    own = ~labels.of_people
     guessed = table.labels[own]
     truth = np.asarray(truth_of(table.keys.filter(own).to_pylist()), dtype=np.int64)
     known = (truth >= 0) & (truth < classes)

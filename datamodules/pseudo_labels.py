@@ -44,6 +44,8 @@ Float32Array = npt.NDArray[np.float32]
 KIND = "pseudo_labels"
 # What an image was to the module that labelled it.
 SPLITS = ("labeled", "unlabeled", "val", "test")
+# Those whose images to train on had labels: what is held out to validate on is a part of the labelled images.
+_LABELLED = ("labeled", "val")
 # Classes that an error names, and those whose sizes it lists.
 _NAMED = 10
 _SHOWN = 100
@@ -97,12 +99,16 @@ class PseudoLabels:
         return self.manifest.get("selection") is not None
 
     @property
+    def of_people(self) -> npt.NDArray[np.bool_]:
+        """Which rows are of images that people labelled, those held out to validate on included, bool [N]."""
+        return np.isin(self.table.splits, [SPLITS.index(name) for name in _LABELLED])
+
+    @property
     def by_people(self) -> npt.NDArray[np.bool_]:
         """Which rows have the label that people gave the image, bool [N]; without `true_labels` none has."""
         made_with = self.manifest.get("made_with")
         kept = isinstance(made_with, Mapping) and made_with.get("true_labels") is True
-        found: npt.NDArray[np.bool_] = (self.table.splits == SPLITS.index("labeled")) & kept
-        return found
+        return self.of_people & kept
 
     def require(self, class_names: Sequence[str], fingerprint: str | None = None) -> None:
         """Refuse labels that do not belong to a data set.

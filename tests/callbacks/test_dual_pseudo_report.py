@@ -68,8 +68,9 @@ class Scored(pl.LightningModule):
 
 
 def write(folder: Path, labels: Sequence[int], names: Sequence[str], labeled: int = 0, print_of: str = "f" * 64) -> str:
-    """Pseudo-labels of images k0, k1, ..., the first of them labelled by people."""
-    splits = np.where(np.arange(len(labels)) < labeled, SPLITS.index("labeled"), SPLITS.index("unlabeled"))
+    """Pseudo-labels of images k0, k1, ..., the first of them labelled by people, every second to validate on."""
+    people = np.resize([SPLITS.index("labeled"), SPLITS.index("val")], len(labels))
+    splits = np.where(np.arange(len(labels)) < labeled, people, SPLITS.index("unlabeled"))
     keys = [f"k{i}" for i in range(len(labels))]
     table = LabelTable(keys, np.array(labels), np.ones(len(labels), np.float32), splits)
     pseudo_labels.write(folder, table, Origin(names, print_of))

@@ -157,6 +157,10 @@ def test_rows_and_manifest(tmp_path: Path, true_labels: bool) -> None:
     assert written(tmp_path / "labels") == naive(true_labels)
     assert writer.artifacts == [str(tmp_path / "labels")]
     assert not any(module.modes)
+    # Images that are held out to validate on are among those that people labelled.
+    assert {"labeled", "val"} <= {row[3] for row in written(tmp_path / "labels")}
+    assert found.of_people.tolist() == (_GIVEN >= 0).tolist()
+    assert found.by_people.tolist() == ((_GIVEN >= 0) & true_labels).tolist()
     order = np.argsort(-P, axis=1)[:, :2]
     assert np.array_equal(found.table.top_labels, order)  # type: ignore[arg-type]
     assert np.array_equal(found.table.top_confidence, np.take_along_axis(P, order, 1))  # type: ignore[arg-type]
