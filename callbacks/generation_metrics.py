@@ -136,6 +136,9 @@ class GenerationMetrics(Picture):
         """
         self._known = None
         split = {"fit": "val", "validate": "val", "test": "test"}.get(stage)
+        if stage == "fit" and self.when == "test" and not getattr(trainer, "fast_dev_run", False):
+            # The test comes after hours of training.
+            _ = self._extracts().fingerprint
         if split is None or self.when not in (split, "both"):
             return
         if not isinstance(pl_module, Draws):

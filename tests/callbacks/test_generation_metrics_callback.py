@@ -375,6 +375,25 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path: Path)
         setup(compare(guidance=-1), Generator(), Rows())
 
 
+def test_a_fit_looks_for_what_its_test_will_need(tmp_path: Path) -> None:
+    class Lost(RowMeans):
+        @property
+        def fingerprint(self) -> str:
+            msg = "no weights"
+            raise FileNotFoundError(msg)
+
+        @fingerprint.setter
+        def fingerprint(self, value: str) -> None:
+            """It is none."""
+
+    model = Generator()
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        tiny_trainer(tmp_path, callbacks=[compare(Lost(), when="test")]).fit(model, Rows())
+    assert model.weight == 0
+    tiny_trainer(tmp_path, callbacks=[compare(Lost(), when="test")], fast_dev_run=True).fit(model, Rows())
+    assert not model.asked
+
+
 def test_too_few_images_are_refused_before_any_is_drawn(tmp_path: Path) -> None:
     model = Generator()
     trainer = tiny_trainer(tmp_path, callbacks=[compare(images_per_class=1)])
