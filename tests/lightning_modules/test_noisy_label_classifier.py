@@ -163,9 +163,10 @@ def test_a_learned_matrix_becomes_the_true_one(tmp_path: Path) -> None:
     assert 1.5 < trainer.callback_metrics["val_transition_condition"] < 4
 
 
-def test_the_loss_is_a_naive_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trusted", [None, [True, False, True, False, False]])
+def test_the_loss_is_a_naive_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: list[bool] | None) -> None:
     model, _ = fitted(tmp_path)
-    batch = Batches(1, 5)[0]
+    batch = Batches(1, 5)[0] | ({} if trusted is None else {"trusted": torch.tensor(trusted)})
     monkeypatch.setattr(model, "log", lambda *_, **__: None)  # there is no trainer's loop
     monkeypatch.setattr(model, "log_dict", lambda *_, **__: None)
     torch.manual_seed(3)
@@ -178,8 +179,17 @@ def test_the_loss_is_a_naive_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     q = model.network(c_in.view(-1, 1, 1, 1) * x, t).softmax(1)
     total = torch.tensor(0.0)
     for b in range(5):
-        total = total - torch.stack([q[b, i] * TRUE[i, batch["label"][b]] for i in range(3)]).sum().log()
+        matrix = torch.eye(3) if trusted is not None and trusted[b] else TRUE
+        total = total - torch.stack([q[b, i] * matrix[i, batch["label"][b]] for i in range(3)]).sum().log()
     assert float(loss) == pytest.approx(float(total) / 5, rel=1e-5)
+
+
+def test_fillers_and_missing_images_leave_the_rest_of_a_batch_in_step() -> None:
+    batch = {"label": torch.tensor([2, -1, 0]), "index": torch.tensor([5, -1, 7])}
+    found = classifier().checked(batch | {"trusted": torch.tensor([True, False, False])}, needs_image=False)
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "label": [2, 0], "index": [5, 7], "trusted": [True, False],
+    }  # fmt: skip
 
 
 class _Tells(nn.Module):

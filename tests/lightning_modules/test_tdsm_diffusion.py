@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lightning_modules.base import HalfLife
+from lightning_modules.diffusion.denoisers import ClassDenoiser
 from lightning_modules.diffusion.transition import FileTransition, IdentityTransition, SymmetricTransition
 from lightning_modules.tdsm_diffusion import TDSMDiffusion
 
@@ -107,6 +108,44 @@ def test_weights_without_a_classifier_are_those_of_the_label() -> None:
     weights = model.weighting.weights(model.process, torch.randn(3, 1, 1, 1), torch.ones(3), torch.arange(3))
     assert weights is not None
     assert_close(weights, torch.full((3, 3), 0.2).fill_diagonal_(0.6))
+
+
+@pytest.mark.parametrize("weighting", ["posterior", "reverse", "none"])
+def test_a_trusted_label_has_all_the_weight(weighting: str) -> None:
+    judge = PointPosterior() if weighting == "posterior" else None
+    model = tiny_tdsm(weighting=weighting, classifier=judge, others="exact")
+    model.weighting.transition.copy_(SymmetricTransition(0.4).matrix(3))
+    x, sigma = torch.randn(6, 1, 1, 1), torch.rand(6) + 0.1
+    label = torch.tensor([0, 1, 2, 0, 3, 3])  # 3 is no label
+    trusted = torch.tensor([True, False, True, False, True, False])
+    denoiser = ClassDenoiser(model.network, model.process)
+    found = model.weighting.estimate(denoiser, x, sigma, label, trusted)
+    weights = model.weighting.weights(model.process, x, sigma, label.clamp(max=2))
+    for b in range(6):
+        by_class = [denoiser(x[[b]], sigma[[b]], torch.tensor([c]))[0] for c in range(4)]
+        expected = by_class[int(label[b])]
+        if not trusted[b] and label[b] < 3 and weights is not None:
+            expected = torch.stack([weights[b, c] * by_class[c] for c in range(3)]).sum(0)
+        assert_close(found[b], expected)
+    assert torch.equal(
+        model.weighting.estimate(denoiser, x, sigma, label, torch.zeros(6, dtype=torch.bool)),
+        model.weighting.estimate(denoiser, x, sigma, label),
+    )
+
+
+def test_what_a_batch_says_of_its_labels_reaches_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fitted(tiny_tdsm(others="exact"), tmp_path, max_epochs=1)
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)  # there is no trainer's loop
+    batch = next(iter(points_loader()))
+    losses = []
+    for sure in (None, False, True):
+        told = {} if sure is None else {"trusted": torch.full((4,), sure)}
+        torch.manual_seed(3)
+        losses.append(float(model.training_step(batch | told, 0)))
+    torch.manual_seed(3)
+    model.weighting.transition.copy_(torch.eye(3))
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[2] == float(model.training_step(batch, 0))
 
 
 def test_a_fit_goes_on_bit_equal(tmp_path: Path) -> None:

@@ -201,6 +201,27 @@ def test_likelihood_of_given_labels_is_a_naive_loop() -> None:
                 assert float(found[b]) == pytest.approx(expected, abs=1e-6)
 
 
+def test_trusted_labels_are_not_corrected() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(6, 4, generator=generator, requires_grad=True)
+    log_t = AsymmetricTransition(0.3, {0: 1, 2: 3}).matrix(4).log().float().requires_grad_()
+    label = torch.tensor([0, 1, 2, 3, 1, 0])
+    trusted = torch.tensor([True, False, False, True, True, False])
+    log_q = logits.log_softmax(1)
+    found = given_log_likelihood(log_q, label, log_t, trusted)
+    corrected = given_log_likelihood(log_q, label, log_t)
+    for b in range(6):
+        expected = log_q[b, label[b]] if trusted[b] else corrected[b]
+        assert float(found[b]) == float(expected)
+    nobody = given_log_likelihood(log_q, label, log_t, torch.zeros(6, dtype=torch.bool))
+    assert torch.equal(nobody, corrected)
+    of_logits, of_t = torch.autograd.grad(found.sum(), (logits, log_t), retain_graph=True)
+    assert bool(torch.isfinite(of_logits).all())
+    # A learned matrix learns from the others alone.
+    (others,) = torch.autograd.grad(corrected[~trusted].sum(), log_t)
+    torch.testing.assert_close(of_t, others)
+
+
 def test_the_identity_gives_cross_entropy_and_its_gradient() -> None:
     logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(2), requires_grad=True)
     label = torch.arange(8) % 5
