@@ -234,6 +234,8 @@ def _checkpoints_taken(content: object) -> Iterator[str]:
         for name, value in content.items():
             if name in {"init_from", "teacher_from", "classifier_from"} and isinstance(value, str):
                 yield value
+            if name == "encoder_from" and str(value).endswith(".ckpt"):  # not one that others published
+                yield value
             yield from _checkpoints_taken(value)
 
 
@@ -263,6 +265,9 @@ def _shrink(config: Path, folder: Path) -> Path:
         return _shrink_generation(resolved, folder)
     if kind == "LinearProbe":
         return _shrink_probe(resolved, folder)
+    if kind == "MaskedSiamese":
+        crops = {"crops": {"focal_size": 8}}
+        return _overlay(folder, small_model(resolved), small_data(resolved) | crops, fast_dev_run=True)
     data: dict[str, Any] = {"image_size": 16, "batch_size": 2, "num_workers": 0}
     # What a stage would have to draw first is left out.
     small = {"num_labels": 4, "num_images": 12, "synthetic_images": None, "synthetic_share": None}
