@@ -166,13 +166,12 @@ class FewlightCLI(LightningCLI):
         config.stages = config.stages and [Path_fr(path.absolute) for path in config.stages]
         config.rounds = 1  # what is saved is one round, written out
         self.settings = resolved_settings(self.parser, self.config)
-        earlier = [stage.config_hash for stage in self.stages]
-        self.config_hash = config_hash(self.settings, earlier)
+        self.config_hash = config_hash(self.settings, pipeline.hashes)
         # Goes into every checkpoint.
         self.record: dict[str, Any] = {
             "config_hash": self.config_hash,
             "config": json.dumps(self.settings, default=str),
-            "stages": earlier,
+            "stages": pipeline.hashes,
         }
         self._loaded: dict[str, Any] = {}
         self._ckpt_path = self._checkpoint_to_load(config.ckpt_path)
@@ -224,7 +223,7 @@ class FewlightCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             root: BaseException = error
-            while root.__cause__ is not None:
+            while root.__cause__ is not None and _is_retold(root):
                 root = root.__cause__
             if root is error:
                 raise
@@ -364,6 +363,14 @@ class FewlightCLI(LightningCLI):
             "artifacts": artifact_files(self.trainer),
             "metrics": {**logged, **self._fit_metrics, **_plain(self.trainer.callback_metrics)},
         }
+
+
+def _is_retold(error: BaseException) -> bool:
+    """Whether jsonargparse raised an error, about one of our own."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("jsonargparse")
 
 
 def _rank() -> int:

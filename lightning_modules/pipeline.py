@@ -74,11 +74,14 @@ class Pipeline:
 
     Attributes:
         run_dirs: Where all of them write.
+        hashes: Those of the stages of the last fit's own round, which go into its hash: a fit is the same however
+            many rounds follow it.
     """
 
     def __init__(self, parser: ArgumentParser, run_dir: Path | None) -> None:
         self._parser = parser
         self._hashes: dict[Path, str | None] = {} if run_dir is None else {run_dir: None}
+        self.hashes: list[str] = []
 
     @property
     def run_dirs(self) -> set[Path]:
@@ -100,8 +103,9 @@ class Pipeline:
         for number in [config.round] if one else range(1, config.rounds + 1):
             flags = [] if number == 1 and one else round_flags(number)
             resolved = [self._stage(path, config, (), flags) for path in config.stages or ()]
+            self.hashes = [stage.config_hash for stage in resolved]
             if number < config.rounds:
-                own = [*words[1:], "--stages", "null", "--rounds", "1", *round_flags(number), "--ckpt_path", "null"]
+                own = [*words[1:], "--rounds", "1", *round_flags(number), "--ckpt_path", "null"]
                 resolved.append(self._resolved(_config_of(words), own, ()))
             places = {stage.run_dir for stage in found}
             found += [stage for stage in resolved if stage.run_dir not in places]

@@ -58,17 +58,23 @@ def test_rounds_repeat_what_depends_on_the_round_and_nothing_else() -> None:
     assert str(three.run_dir) == "runs/round_3"
     # What one round needs is not done again when there are more.
     assert [stage.config_hash for stage in three.stages[:2]] == [stage.config_hash for stage in one.stages]
+    assert three.stages[2].config_hash == one.config_hash
+    two = _resolved("--config", "last.yaml", "--rounds", "2")
+    assert three.stages[4].config_hash == two.config_hash
     assert three.stages[3].config_hash != three.stages[1].config_hash
 
 
-def test_a_stage_of_a_round_is_in_its_own_process_what_the_pipeline_takes_it_for() -> None:
+def test_a_stage_of_a_round_is_in_its_own_process_what_the_pipeline_takes_it_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     _three_fits()
     cli = _resolved("--config=last.yaml", "--rounds", "2", "--runs", "elsewhere", "--model.init_args.ema_decay=0.5")
     repeated = cli.stages[2]
     assert str(repeated.run_dir) == "elsewhere/round_1"
-    # Not a dry run, which would be another configuration.
+    # Not a dry run, which would be another configuration. Its stages have been seen to.
+    monkeypatch.setattr("lightning_modules.stages.run_stages", lambda *_: None)
     alone = _run(*repeated.arguments)
-    assert alone.stages == []
+    assert [stage.config_hash for stage in alone.stages] == [stage.config_hash for stage in cli.stages[:2]]
     assert alone.config_hash == repeated.config_hash
     assert alone.run_dir == repeated.run_dir
     assert alone.config.fit.model.init_args.ema_decay == 0.5
