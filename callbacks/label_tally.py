@@ -30,12 +30,14 @@ class ImagesToLabel(Protocol):
         labels: Class ids that people gave [N], -1 where none did.
         splits: What each is to the fit, places in `pseudo_labels.SPLITS` [N].
         left_out: How many more images the source has to train on, which are no part of the data.
+        fingerprint: Identifies them, their uses and given labels.
     """
 
     keys: Any
     labels: Tensor
     splits: Int64Array
     left_out: int
+    fingerprint: str | None
 
 
 @dataclass(frozen=True, eq=False)

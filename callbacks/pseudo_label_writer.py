@@ -323,7 +323,7 @@ class PseudoLabelWriter(BasePredictionWriter):
                 **meaning,
                 "true_labels": self.true_labels,
                 "top_k": self.top_k,
-                "data": getattr(data, "fingerprint", None),
+                "data": images.fingerprint,
             },
             self.selection.description(images.left_out),
             confusion,

@@ -178,7 +178,8 @@ class ClassificationDataModule(pl.LightningDataModule):
         train = np.asarray(data.roles) == "train"
         rows = np.flatnonzero(train & (splits != UNKNOWN))
         keys = [data.keys[row] for row in rows.tolist()]
-        return ImagesToLabel(data.store, rows, self._given(rows), keys, splits[rows], int(train.sum()) - len(rows))
+        more = (int(train.sum()) - len(rows), data.fingerprint)
+        return ImagesToLabel(data.store, rows, self._given(rows), keys, splits[rows], *more)
 
     def _eval_loader(self, images: EvalImages, pad: bool = True, block: int = 1) -> DataLoader[dict[str, Tensor]]:
         sampler = EvalSampler(len(images), pad, block=block)

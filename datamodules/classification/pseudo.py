@@ -23,6 +23,7 @@ class ImagesToLabel(EvalImages):
         keys: Names of the images.
         splits: What each is to the fit, places in `pseudo_labels.SPLITS`.
         left_out: How many more images the source has to train on, which are no part of the data.
+        fingerprint: Identifies them, their uses and given labels, whatever joins them in a fit.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class ImagesToLabel(EvalImages):
         keys: Sequence[str],
         splits: Int64Array,
         left_out: int = 0,
+        fingerprint: str | None = None,
     ) -> None:
         """Remember which rows are whose."""
         super().__init__(store, rows, labels, keys)
         self.splits = splits
         self.left_out = left_out
+        self.fingerprint = fingerprint
 
 
 class PseudoLabelled(NamedTuple):

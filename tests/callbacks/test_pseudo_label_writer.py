@@ -283,6 +283,18 @@ def test_predict_and_a_resumed_fit_write_what_the_fit_wrote(tmp_path: Path) -> N
     assert files(tmp_path / "resumed") == files(tmp_path / "fitted")
 
 
+def test_what_joined_the_images_in_a_fit_is_no_matter_to_who_predicts_them(tmp_path: Path) -> None:
+    fit(tmp_path / "first")
+    joined: dict[str, Any] = {"pseudo_labels": str(tmp_path / "first"), "predict_split": "train"}
+    images, module = data(**joined), Lookup()
+    fit(tmp_path / "fitted", module, images)
+    assert images.counts["pseudo_labeled"] > 0
+    tiny_trainer(tmp_path, callbacks=[PseudoLabelWriter(str(tmp_path / "predicted"))]).predict(module, data(**joined))
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("fitted", "predicted")]
+    # Only `lightning fit` knows of a configuration.
+    assert manifests[0] | {"config_hash": None} == manifests[1]
+
+
 def predict(folder: Path, **options: Any) -> None:
     module = Lookup()
     module.weight.data.fill_(1.0)
