@@ -27,10 +27,17 @@ NETWORK = {
 # Arguments that make networks tiny; those that a network does not have are left out.
 _SMALLER: dict[str, dict[str, Any]] = {
     "UViT": {"embed_dim": 16, "depth": 2, "num_heads": 2},
-    "ClassUNet": {"base_channels": 8, "channel_mult": [1, 1], "layers_per_block": 1, "norm_groups": 4},
+    "ClassUNet": {
+        "base_channels": 8,
+        "channel_mult": [1, 1],
+        "attention_resolutions": [],
+        "layers_per_block": 1,
+        "norm_groups": 4,
+    },
     "NoisyResNet": {"widths": [4, 8], "blocks": [1, 1], "strides": [1, 2], "embed_dim": 8},
     "WideResNet": {"depth": 10, "widen": 1, "width": 4},
     "ViTEncoder": {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
+    "TimmClassifier": {"name": "resnet18", "pretrained": False},
     "KLAutoencoder": {"block_out_channels": [4, 8], "layers_per_block": 1, "norm_groups": 2},
 }
 

@@ -11,6 +11,7 @@ from fake_data import (
     write_folder,
     write_imagenet,
     write_isic2018,
+    write_listed,
     write_mnist,
     write_ph2,
 )
@@ -36,4 +37,5 @@ def fake_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_mnist(root / "mnist", 200, 20)
     write_cifar10(root / "cifar10", 40)
     write_imagenet(root / "imagenet")
+    write_listed(root / "images")
     return root

@@ -95,6 +95,20 @@ def write_classes(folder: Path, n: int = 6) -> Path:
     return folder
 
 
+def write_listed(folder: Path, n: int = 4) -> Path:
+    """Write n images of each of two classes and n without, and labels.csv that lists the first ones; returns the root."""
+    rows = ["path,label\n"]
+    for position, name in enumerate(("benign", "malignant", "")):
+        place = folder / f"ward{position}"
+        place.mkdir(parents=True)
+        for number in range(n):
+            image, _ = draw_pair(5000 + 100 * position + number)
+            Image.fromarray(image).save(place / f"{number}.png")
+            rows += [f"ward{position}/{number}.png,{name}\n"] if name else []
+    (folder / "labels.csv").write_text("".join(rows))
+    return folder
+
+
 def write_imagenet(root: Path, n: int = 4) -> Path:
     """Write n training images of each of three classes, one to test on, and a list of two a class; returns the root."""
     listed = []

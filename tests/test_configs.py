@@ -95,10 +95,14 @@ _OF_ALL_METHODS = {"supervised.yaml", "fixmatch.yaml", "dividemix.yaml", "noisy_
 _PUBLISHED_SIZE = ("dpt_cifar10", "dpt_imagenet256")
 
 
+# As their namesakes of digits, with another source.
+_AS_DIGITS = ("dpt_mnist",)
+
+
 def _by_default(config: Path, *more: object, quick: bool = True) -> object:
     """A case; of configs/ssl only some by default, as each takes seconds; of those for GPUs only quick ones."""
     of_ssl = config.parent.name == "ssl" and config.name not in _OF_ALL_METHODS
-    rare = of_ssl or (not quick and config.stem.startswith(_PUBLISHED_SIZE))
+    rare = of_ssl or (not quick and config.stem.startswith((*_PUBLISHED_SIZE, *_AS_DIGITS)))
     return pytest.param(config, *more, marks=[pytest.mark.slow] if rare else [])
 
 
@@ -322,7 +326,7 @@ def _shrink_generation(resolved: dict[str, Any], folder: Path) -> Path:
     model |= {"classifier_from": None} if "classifier_from" in arguments else {}
     data = small_data(resolved)
     if resolved["data"]["init_args"].get("pseudo_labels") is not None:
-        data["pseudo_labels"] = None
+        data |= dict.fromkeys({"pseudo_labels", "trusted_share"} & resolved["data"]["init_args"].keys())
         model |= {"transition": None} if arguments.get("transition") is not None else {}
     if arguments.get("latent") is not None and "latent" not in model:
         tiny = smaller(arguments["latent"]["init_args"]["network"])
@@ -344,7 +348,7 @@ def test_a_config_runs_one_step_on_data_in_the_official_layout(
     assert cli is not None
     assert cli.trainer.global_step == 1
     assert sum(p.numel() for p in cli.model.parameters() if p.requires_grad) < 200_000
-    if _whole(config).get("test_after_fit"):
+    if cli.config.fit.test_after_fit:
         metrics = cli.trainer.callback_metrics
         shares = [float(metrics[name]) for name in ("test_jaccard", "test_accuracy") if name in metrics]
         losses = [float(metrics[name]) for name in ("test_loss", "test_reconstruction") if name in metrics]
