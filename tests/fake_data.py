@@ -96,7 +96,7 @@ def write_classes(folder: Path, n: int = 6) -> Path:
 
 
 def write_listed(folder: Path, n: int = 4) -> Path:
-    """Write n images of each of two classes and n without, and labels.csv that lists the first ones; returns the root."""
+    """Write n images of each of two classes and n of none, and labels.csv for the first ones; returns the root."""
     rows = ["path,label\n"]
     for position, name in enumerate(("benign", "malignant", "")):
         place = folder / f"ward{position}"

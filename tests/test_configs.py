@@ -92,7 +92,7 @@ _OF_ALL_METHODS = {"supervised.yaml", "fixmatch.yaml", "dividemix.yaml", "noisy_
 
 
 # For GPUs. test_published_pipelines.py runs them as a whole.
-_PUBLISHED_SIZE = ("dpt_cifar10", "dpt_imagenet256")
+_PUBLISHED_SIZE = ("dpt_cifar10", "dpt_imagenet256", "dpt_folder_generator")
 
 
 # As their namesakes of digits, with another source.
