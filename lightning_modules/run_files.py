@@ -17,6 +17,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ign
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
+from torch.utils.data import DistributedSampler
 
 from lightning_modules.checkpoints import file_sha256
 
@@ -102,6 +103,20 @@ class LastCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the sampler which epoch it is, before the first batch is asked for.
+
+        Lightning has told it, but where only `max_steps` ends a fit that goes on from a checkpoint, it counts an epoch
+        without batches first, and the images of one epoch would be left out.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Not looked at.
+        """
+        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(trainer.current_epoch)
 
 
 class RunRecord(SaveConfigCallback):

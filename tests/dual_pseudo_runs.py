@@ -52,8 +52,9 @@ class Kill:
         original, calls = getattr(self.owner, self.name), itertools.count(1)
 
         def dying(*args: Any, **options: Any) -> Any:  # noqa: ANN401 - whatever the function takes and returns
-            if next(calls) == self.call:
-                if run in _stage_of:
+            # Stages are forks of the command: they have what it has armed for itself.
+            if _stage_of <= {run} and next(calls) == self.call:
+                if _stage_of:
                     os.kill(os.getppid(), signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **options)
