@@ -187,7 +187,8 @@ def _begin(env: Mapping[str, str]) -> None:
 def artifacts(folder: Path) -> dict[str, bytes | dict[str, Any]]:
     """What fits made for later ones, byte by byte, and what their own manifests say.
 
-    Without what was logged in training: a fit that goes on behind its last step logs none of it again.
+    Without what was logged in training, as a fit that goes on behind its last step logs none of it again, and without
+    the hashes of checkpoints, in which Lightning counts epochs that had no batches; their weights are to be compared.
     """
     found: dict[str, bytes | dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
@@ -197,8 +198,10 @@ def artifacts(folder: Path) -> dict[str, bytes | dict[str, Any]]:
         elif path.name == "manifest.json":
             manifest = json.loads(path.read_text())
             if manifest["kind"] == "fit":
-                logged = manifest["metrics"].items()
+                logged, consumed = manifest["metrics"].items(), manifest["inputs"].items()
                 manifest["metrics"] = {key: value for key, value in logged if key.startswith("test_")}
+                manifest["inputs"] = {key: None if key.endswith(".ckpt") else value for key, value in consumed}
+                del manifest["checkpoint"]["sha256"]
             found[name] = manifest if manifest["kind"] == "fit" else path.read_bytes()
     return found
 
