@@ -104,7 +104,7 @@ class Pipeline:
             flags = [] if number == 1 and one else round_flags(number)
             resolved = [self._stage(path, config, (), flags) for path in config.stages or ()]
             self.hashes = [stage.config_hash for stage in resolved]
-            if number < config.rounds:
+            if number < config.rounds and words[0] == "fit":  # the words of others are none of a fit
                 own = [*words[1:], "--rounds", "1", *round_flags(number), "--ckpt_path", "null"]
                 resolved.append(self._resolved(_config_of(words), own, ()))
             places = {stage.run_dir for stage in found}
