@@ -64,8 +64,9 @@ def known_variables(files: Sequence[str], above: tuple[str, ...] = ()) -> set[st
         files: The configs; without those that are not there, which jsonargparse tells of.
         above: Files whose stages these are.
     """
-    names = set(_merged_vars([file for config in files for file in _with_bases(config)]))
-    for config in files:
+    whole = [file for config in files for file in _with_bases(config)]
+    names = set(_merged_vars(whole))
+    for config in whole:
         own = str(Path(config).resolve())
         stages = _mapping_in(config).get("stages") if Path(config).is_file() and own not in above else None
         inner = [str(Path(config).parent / str(stage)) for stage in stages] if isinstance(stages, list) else []

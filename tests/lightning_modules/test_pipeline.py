@@ -103,6 +103,8 @@ def test_variables_of_the_command_line_reach_the_stages_that_have_them() -> None
     _write("outer", "${runs}/outer", stages=["inner.yaml"])
     _write("last", "${runs}/last", stages=["outer.yaml"], vars={"steps": 4})
     assert known_variables(["last.yaml"]) == {"width", "seed", "steps"}
+    Path("based.yaml").write_text("base: last.yaml\nvars: {more: 1}\n")
+    assert known_variables(["based.yaml"]) == {"width", "seed", "steps", "more"}
     cli = _resolved("--config", "last.yaml", "--vars.seed", "3", "--vars.steps=8")
     (outer,) = cli.stages
     assert "--vars.seed=3" in outer.arguments
