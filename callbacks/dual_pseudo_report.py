@@ -163,7 +163,7 @@ class DualPseudoReport(MetricsReport):
         for name, value in found.items():
             table.add_row(name, f"{value:.4f}")
         if not found:
-            table.add_row("-", "not run" if measured is None else "no FID or label consistency in its test")
+            table.add_row("-", "not tested" if measured is None else "no FID or label consistency in its test")
         _print_titled(f"Generator {self.generator}", table, console)
         return {f"summary/generator_{name.removeprefix('test_')}": value for name, value in found.items()}
 

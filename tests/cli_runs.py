@@ -78,7 +78,7 @@ def small_data(resolved: dict[str, Any]) -> dict[str, Any]:
     arguments = resolved["data"]["init_args"]
     small = {"batch_size": 4, "unlabeled_ratio": 2, "steps_per_epoch": 1, "num_workers": 0}
     data: dict[str, Any] = {name: value for name, value in small.items() if name in arguments}
-    source = arguments["source"]
+    source = arguments["source"] or {"class_path": "DigitsSource"}
     if source["class_path"].endswith("ImageNetSource"):
         data["image_size"] = 16
     if "root" in source.get("init_args", {}) and "labels_per_class" in arguments:

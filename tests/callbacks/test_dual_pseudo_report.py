@@ -200,7 +200,7 @@ def test_what_is_not_known_is_said_and_stops_nothing(tmp_path: Path, capsys: pyt
         if report.generator is not None:
             assert rows["labels alone"] == ["dpt/classifier (not run)", "-", "-", "-", ""]
             assert rows["value"] == ["this", "75.00", "50.00", "62.50", "-"]
-            assert rows["-"] == ["not run"]
+            assert rows["-"] == ["not tested"]
             assert rows["bee"] == ["2", "-", "-", "-", "-", "-"]
             kept = json.loads((tmp_path / "metrics.json").read_text())
             assert kept["summary/pseudo_accuracy_before"] is None
