@@ -95,14 +95,24 @@ _OF_ALL_METHODS = {"supervised.yaml", "fixmatch.yaml", "dividemix.yaml", "noisy_
 _PUBLISHED_SIZE = ("dpt_cifar10", "dpt_imagenet256", "dpt_folder_generator")
 
 
-# As their namesakes of digits, with another source.
-_AS_DIGITS = ("dpt_mnist",)
+# As others, with another source or other labels.
+_AS_OTHERS = (
+    "dpt_mnist",
+    "dpt_digits_all_labels",
+    "dpt_digits_classifier",  # the last fit is based on it
+    "dpt_digits_generator",  # so is that of TDSM
+    "dpt_digits_relabelled",
+    "dpt_digits_self_training",
+)
 
 
 def _by_default(config: Path, *more: object, quick: bool = True) -> object:
     """A case; of configs/ssl only some by default, as each takes seconds; of those for GPUs only quick ones."""
     of_ssl = config.parent.name == "ssl" and config.name not in _OF_ALL_METHODS
-    rare = of_ssl or config.stem.startswith(_AS_DIGITS) or (not quick and config.stem.startswith(_PUBLISHED_SIZE))
+    # Overlays of its first stage, with which that is tested.
+    twice = config.stem == "dpt_lesions" and any(isinstance(part, Path) for part in more)
+    alike = config.stem.startswith(_AS_OTHERS)
+    rare = of_ssl or twice or alike or (not quick and config.stem.startswith(_PUBLISHED_SIZE))
     return pytest.param(config, *more, marks=[pytest.mark.slow] if rare else [])
 
 
@@ -193,7 +203,9 @@ def _require_reached(config: Path, overlay: Path) -> None:
             assert resolved["trainer"][name] == value
 
 
-@pytest.mark.parametrize(("config", "overlay"), [_by_default(*case) for case in ALONE_AND_COMBINED], ids=str)
+@pytest.mark.parametrize(
+    ("config", "overlay"), [_by_default(*case, quick=False) for case in ALONE_AND_COMBINED], ids=str
+)
 def test_a_config_and_an_overlay_fit_together(config: Path, overlay: Path | None) -> None:
     # One test, as resolving a configuration is what takes the time.
     if overlay is not None:
@@ -390,7 +402,12 @@ _OF_TRAINING = {"p_mean", "p_std", "clean_share"}
 @pytest.mark.parametrize("config", DRAWS, ids=str)
 def test_a_config_that_draws_fits_the_run_whose_checkpoint_it_takes(config: Path) -> None:
     here = _resolved_drawing(config)
-    fits = {path: _resolved(path, None) for path in CONFIGS if path.parent.name != "ssl"}  # none of those draws
+    # None of those of semi-supervised methods draws, and none of dual pseudo training has a config that draws more.
+    fits = {
+        path: _resolved(path, None)
+        for path in CONFIGS
+        if path.parent.name != "ssl" and not path.stem.startswith(("dpt_digits", *_AS_OTHERS, *_PUBLISHED_SIZE))
+    }
     (there,) = [
         fit for fit in fits.values() if fit["trainer"]["default_root_dir"] == here["trainer"]["default_root_dir"]
     ]

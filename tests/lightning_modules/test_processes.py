@@ -96,6 +96,7 @@ def _wait_for(condition: object, seconds: float) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_two_processes_run_each_stage_once_and_measure_what_one_measures(tmp_path: Path) -> None:
     # Seven test images do not divide by two: the padding must not be counted.
     config = _pipeline(tmp_path, 2, data__init_args__num_labels=17)
