@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_modules.networks.adm_unet import ADM_OPTIONS
+from lightning_modules.networks.tensor_files import differing
 from lightning_modules.networks.unet_options import block_types
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -151,15 +152,11 @@ def with_weights(build: Callable[[], Network], weights: Mapping[str, Tensor], so
     _defaults()  # imports diffusers: what a library makes while it is imported must not end up on the meta device
     with torch.device("meta"):
         network = build()
-    own = network.state_dict()
-    wrong = sorted(own.keys() ^ weights.keys())
-    wrong += sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
+    wrong, shapes = differing(network.state_dict(), weights)
     if wrong:
-        name = wrong[0]
-        shapes = [str(list(tensors[name].shape)) if name in tensors else "absent" for tensors in (own, weights)]
         msg = (
             f"Expected {source} to hold the weights of the network that its configuration describes, but {len(wrong)} "
-            f"tensors differ, the first {name}: {shapes[0]} there, {shapes[1]} among the weights; export it again."
+            f"tensors differ, the first {wrong[0]}: {shapes[0]} there, {shapes[1]} among the weights; export it again."
         )
         raise ValueError(msg)
     dtypes = {value.dtype for value in weights.values()}

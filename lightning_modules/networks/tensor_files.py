@@ -1,9 +1,11 @@
 """Files of tensors, read without running what is in them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from zipfile import is_zipfile
 
 import torch
+from torch import Tensor
 
 
 def read_tensor_file(path: str | Path, argument: str) -> object:
@@ -37,3 +39,20 @@ def read_tensor_file(path: str | Path, argument: str) -> object:
         )
         raise ValueError(msg) from error
     return content
+
+
+def differing(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Compare the names and shapes of two sets of tensors.
+
+    Args:
+        own: One set.
+        other: The other one.
+
+    Returns:
+        Names that only one set has, then those whose shapes differ; and the shapes of the first of them in both sets,
+        as text.
+    """
+    names = sorted(own.keys() ^ other.keys())
+    names += sorted(name for name in own.keys() & other.keys() if own[name].shape != other[name].shape)
+    first = [str(list(tensors[n].shape)) if n in tensors else "absent" for n in names[:1] for tensors in (own, other)]
+    return names, first

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lightning_modules.networks.normalise import Normalise
-from lightning_modules.networks.tensor_files import read_tensor_file
+from lightning_modules.networks.tensor_files import differing, read_tensor_file
 
 _OWN = ("ema.module.encoder.", "network.encoder.")
 """Prefixes of an encoder in a checkpoint of MaskedSiamese; the averaged one is wanted."""
@@ -136,18 +136,14 @@ def load_encoder(encoder: nn.Module, path: str | Path, argument: str = "encoder_
     """
     weights = _encoder_weights(read_tensor_file(path, argument), path, argument)
     own = encoder.state_dict()
-    for name in own:
-        if name.startswith("normalise.") and not any(key.startswith("normalise.") for key in weights):
-            own = {key: value for key, value in own.items() if not key.startswith("normalise.")}
-            break
-    wrong = sorted(own.keys() ^ weights.keys())
-    wrong += sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
+    if not any(name.startswith("normalise.") for name in weights):
+        own = {name: value for name, value in own.items() if not name.startswith("normalise.")}
+    wrong, shapes = differing(own, weights)
     if wrong:
-        name = wrong[0]
-        shapes = [str(list(found[name].shape)) if name in found else "absent" for found in (own, weights)]
         msg = (
             f"Expected `{argument}` to hold an encoder like this one, but {len(wrong)} tensors of {path} differ, the "
-            f"first {name}: {shapes[0]} here, {shapes[1]} there; give the encoder the sizes that it was trained with."
+            f"first {wrong[0]}: {shapes[0]} here, {shapes[1]} there; give the encoder the sizes that it was trained "
+            "with."
         )
         raise ValueError(msg)
     encoder.load_state_dict(weights, strict=False)
