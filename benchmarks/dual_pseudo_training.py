@@ -27,6 +27,7 @@ from statistics import mean, stdev
 from jobs import Job, run_all
 from line_chart import Line, Panel, draw
 
+from callbacks.metrics_report import markdown_table
 from lightning_modules.command_line import known_variables
 
 ROOT = Path(__file__).parents[1]
@@ -166,11 +167,6 @@ def with_error(values: Sequence[float], sign: str = "+") -> str:
     return f"{mean(values):{sign}.1f} ± {error:.1f}"
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
 def tables(found: Results) -> Iterator[str]:
     """The differences, TDSM against plain diffusion in pairs, and what the generators draw."""
     names = list(found.gains)
@@ -182,7 +178,7 @@ def tables(found: Results) -> Iterator[str]:
         ]
         for name, cases in found.rows()
     ]
-    yield markdown(["labels a class", "labels alone, %", *names], rows)
+    yield markdown_table(["labels a class", "labels alone, %", *names], rows)
     amounts = [g.removeprefix("tdsm ") for g in names if g.startswith("tdsm ")]
     if amounts and "plain" in found.drawn:
         rows = [
@@ -195,7 +191,7 @@ def tables(found: Results) -> Iterator[str]:
             ]
             for name, cases in found.rows()
         ]
-        yield markdown(["labels a class, tdsm minus plain", *amounts], rows)
+        yield markdown_table(["labels a class, tdsm minus plain", *amounts], rows)
     shown = {
         "consistency, %": ("test_label_consistency_classifier", 100),
         "FID": ("test_fid_classifier", 1),
@@ -206,7 +202,7 @@ def tables(found: Results) -> Iterator[str]:
         for name, cases in found.rows()
         for arm, drawn in found.drawn.items()
     ]
-    yield markdown(["labels a class", "generator", *shown], rows)
+    yield markdown_table(["labels a class", "generator", *shown], rows)
 
 
 def chart(found: Results, arms: Sequence[str], amounts: Sequence[int]) -> str:

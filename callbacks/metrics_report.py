@@ -88,6 +88,17 @@ def print_table(table: Table, console: Console) -> None:
     console.print(table)
 
 
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown.
+
+    Args:
+        head: The heads of the columns.
+        rows: The cells of each row, a text for each column.
+    """
+    lines = [[cell.replace("|", r"\|") for cell in row] for row in (head, *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (lines[0], ["---"] * len(head), *lines[1:]))
+
+
 class MetricsReport(pl.Callback):
     """Reports the metrics of `test`, and of `validate` when that is run by itself.
 

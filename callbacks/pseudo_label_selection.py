@@ -13,7 +13,7 @@ Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-# Images that the precision of every class counts as seen before, as right as those of all classes together.
+# Images that the precision of every class counts as seen before.
 _PRIOR = 1.0
 
 
@@ -93,11 +93,8 @@ class Selection:
         most = self._most(labels, kept, fixed)
         if most is None:
             return kept
-        # Within a class those that are always kept come first, then the surest; the sort keeps the order of equals.
         chosen = np.flatnonzero(kept)
-        chosen = chosen[np.lexsort((-confidence[chosen], ~fixed[chosen], labels[chosen]))]
-        ordered = labels[chosen]
-        place = np.arange(len(chosen)) - np.searchsorted(ordered, ordered)
+        place = places_in_class(labels[chosen], confidence[chosen], fixed[chosen])
         kept[chosen[(place >= most) & ~fixed[chosen]]] = False
         return kept
 
@@ -110,23 +107,47 @@ class Selection:
         return min(limits, default=None)
 
 
-def precision_of(confusion: Float64Array) -> Float64Array:
+def places_in_class(
+    labels: Int64Array, confidence: npt.NDArray[np.floating[Any]], first: BoolArray | None = None
+) -> Int64Array:
+    """Tell the place of each image among those of its class, the surest first; equally sure ones in their order.
+
+    Args:
+        labels: Class ids [N].
+        confidence: How sure they are [N].
+        first: Which images come before all others of their class [N]; None for none.
+
+    Returns:
+        Places from 0 [N].
+    """
+    late = np.zeros(len(labels), dtype=bool) if first is None else ~first
+    # The sort keeps the order of equals.
+    order = np.lexsort((-confidence, late, labels))
+    ordered = labels[order]
+    places = np.empty(len(labels), dtype=np.int64)
+    places[order] = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
+    return places
+
+
+def precision_of(confusion: Float64Array, prior: float = _PRIOR, prior_precision: float | None = None) -> Float64Array:
     """Tell how precise the pseudo-labels of each class are, from a confusion matrix.
 
     That of class j is C[j, j] / sum_i C[i, j], the share of the images labelled j that are of class j. A few labelled
-    images tell little of it, so that one more image counts, as right as the images of all classes together,
-    a = sum_j C[j, j] / sum_ij C[i, j]: (C[j, j] + a) / (sum_i C[i, j] + 1). A class that nothing was labelled as has
-    the precision a.
+    images tell little of it, so that n more images count, of which a share a is right:
+    (C[j, j] + n a) / (sum_i C[i, j] + n). A class that nothing was labelled as has the precision a.
 
     Args:
-        confusion: Counts [K, K], row = class, column = pseudo-label; at least one image.
+        confusion: Counts [K, K], row = class, column = pseudo-label; without `prior_precision` at least one image.
+        prior: n, at least 0; with 0 a class that nothing was labelled as has the precision 0.
+        prior_precision: a, in [0, 1]; None takes that of all classes together, sum_j C[j, j] / sum_ij C[i, j].
 
     Returns:
         The precision of each class [K].
     """
-    right = np.diagonal(confusion)
-    overall: float = right.sum() / confusion.sum()
-    precision: Float64Array = (right + _PRIOR * overall) / (confusion.sum(0) + _PRIOR)
+    right, given = np.diagonal(confusion), confusion.sum(0)
+    share: float = right.sum() / confusion.sum() if prior_precision is None else prior_precision
+    seen = given + prior
+    precision: Float64Array = (right + prior * share) / np.where(seen > 0, seen, 1.0)
     return precision
 
 

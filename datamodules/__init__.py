@@ -13,8 +13,10 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 if TYPE_CHECKING:
     from datamodules.classification.arrays import ArraySource, DigitsSource
+    from datamodules.classification.client_part import ClientPart
     from datamodules.classification.contents import Contents, ImageSource
     from datamodules.classification.folders import FolderSource, ImageNetSource, TwoFolderSource
+    from datamodules.classification.hard_digits import HardDigitsSource
     from datamodules.classification.splits import LongTail
     from datamodules.classification.table import TableSource, write_table
     from datamodules.classification.torchvision_sets import TorchvisionSource
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from datamodules.generation import GenerationDataModule
     from datamodules.label_noise import LabelNoise, transition_matrix
     from datamodules.loading import EvalSampler, MixedTrainSampler, SampleKey, TrainSampler
-    from datamodules.partition import labelled_subset, stratified_order
+    from datamodules.partition import ClientSplit, labelled_subset, stratified_order
     from datamodules.sampling import SamplingDataModule
     from datamodules.segmentation.base import SegmentationDataModule
     from datamodules.segmentation.celebamask_hq import CelebAMaskHQDataModule
@@ -45,6 +47,8 @@ __all__ = [
     "BatchViews",
     "CelebAMaskHQDataModule",
     "ChestXrayDataModule",
+    "ClientPart",
+    "ClientSplit",
     "Contents",
     "DigitsSource",
     "DrawRequest",
@@ -53,6 +57,7 @@ __all__ = [
     "FolderSource",
     "GeneratedLesionsDataModule",
     "GenerationDataModule",
+    "HardDigitsSource",
     "ISIC2018DataModule",
     "ImageNetSource",
     "ImageSource",
@@ -88,8 +93,10 @@ __all__ = [
 
 _MODULES = {
     "datamodules.classification.arrays": ("ArraySource", "DigitsSource"),
+    "datamodules.classification.client_part": ("ClientPart",),
     "datamodules.classification.contents": ("Contents", "ImageSource"),
     "datamodules.classification.folders": ("FolderSource", "ImageNetSource", "TwoFolderSource"),
+    "datamodules.classification.hard_digits": ("HardDigitsSource",),
     "datamodules.classification.splits": ("LongTail",),
     "datamodules.classification.table": ("TableSource", "write_table"),
     "datamodules.classification.torchvision_sets": ("TorchvisionSource",),
@@ -98,7 +105,7 @@ _MODULES = {
     "datamodules.generation": ("GenerationDataModule",),
     "datamodules.label_noise": ("LabelNoise", "transition_matrix"),
     "datamodules.loading": ("EvalSampler", "MixedTrainSampler", "SampleKey", "TrainSampler"),
-    "datamodules.partition": ("labelled_subset", "stratified_order"),
+    "datamodules.partition": ("ClientSplit", "labelled_subset", "stratified_order"),
     "datamodules.sampling": ("SamplingDataModule",),
     "datamodules.segmentation.base": ("SegmentationDataModule",),
     "datamodules.segmentation.celebamask_hq": ("CelebAMaskHQDataModule",),

@@ -2,9 +2,11 @@
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,6 +36,8 @@ class DrawRequest:
             missing one from the data when a fit starts; until then such a request names no image.
         guidance: Weight w of classifier-free guidance, D = D_c + w (D_c - D_null) for the denoisers of class c and of
             no class; 0 is none. Only for images of classes.
+        only: Seeds of some of these images, the smallest first, where no others are asked for; None asks for all.
+            Only for images of classes.
 
     Raises:
         ValueError: An argument is out of range, or two of them contradict each other.
@@ -48,6 +52,7 @@ class DrawRequest:
     images_per_class: int | list[int] | None = None
     num_classes: int | None = None
     guidance: float = 0.0
+    only: list[int] | None = None
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -67,12 +72,25 @@ class DrawRequest:
             names = ", ".join(get_args(SamplerName))
             msg = f"Expected argument `sampler` to be one of {names}, but got {self.sampler!r}."
             raise ValueError(msg)
+        if self.only is not None:
+            self._require_own(self.only)
         if not self.is_open and self._seeds[-1] >= 2**32:
             # PyTorch reads 32 bits of a seed.
             msg = (
                 f"Expected argument `first_seed` to leave the seeds of {self.total} images below 2^32, but got "
                 f"{self.first_seed}; start from a smaller one."
             )
+            raise ValueError(msg)
+
+    def _require_own(self, only: list[int]) -> None:
+        if not self.has_classes or self.is_open:
+            msg = f"Expected argument `only` with `images_per_class` and `num_classes`, but got {len(only)} seeds."
+            raise ValueError(msg)
+        own = set(self._all_seeds)
+        strange = [seed for seed in only if seed not in own]
+        if strange or not only or any(a >= b for a, b in pairwise(only)):
+            what = f"{strange[0]}, which is none of them" if strange else "none" if not only else "some out of order"
+            msg = f"Expected argument `only` to be seeds of the request, the smallest first, but got {what}."
             raise ValueError(msg)
 
     @property
@@ -93,6 +111,14 @@ class DrawRequest:
     @property
     def counts(self) -> tuple[int, ...]:
         """Number of images of each class; empty for pairs."""
+        if self.only is not None:
+            labels = Counter(map(self.label, self.only))
+            return tuple(labels[c] for c in range(self._num_classes))
+        return self._asked
+
+    @property
+    def _asked(self) -> tuple[int, ...]:
+        """Number of images of each class before `only` leaves some out."""
         if isinstance(self.images_per_class, int):
             return (self.images_per_class,) * (self.num_classes or 0)
         return tuple(self.images_per_class or ())
@@ -107,9 +133,17 @@ class DrawRequest:
         """How many blocks there are; the last one may be shorter."""
         return -(-self.total // self.batch_size)
 
-    @cached_property
+    @property
+    def _num_classes(self) -> int:
+        return len(self._asked)
+
+    @property
     def _seeds(self) -> Sequence[int]:
-        first, counts = self.first_seed, self.counts
+        return self._all_seeds if self.only is None else self.only
+
+    @cached_property
+    def _all_seeds(self) -> Sequence[int]:
+        first, counts = self.first_seed, self._asked
         if self.num_images is not None or len(set(counts)) == 1:
             return range(first, first + (self.num_images or sum(counts)))
         return sorted(first + j * len(counts) + c for c, count in enumerate(counts) for j in range(count))
@@ -124,28 +158,35 @@ class DrawRequest:
 
     def label(self, seed: int) -> int:
         """Return the class that a seed of this request stands for; images of classes only."""
-        return (seed - self.first_seed) % len(self.counts)
+        return (seed - self.first_seed) % self._num_classes
 
     def batch(self, block: int) -> dict[str, Any]:
-        """Return a block as what a module's `draw` takes.
+        """Return a block as what a module's `draw` takes, see `batch_of`.
 
         Args:
             block: Number of the block, from 0.
+        """
+        return self.batch_of(self.seeds(block))
+
+    def batch_of(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """Return images of this request as what a module's `draw` takes.
+
+        Args:
+            seeds: Seeds of the request.
 
         Returns:
             seed int64 [B], image_size, sampler and num_steps; for images of classes also label int64 [B], from 0 to
             K - 1, and guidance.
         """
-        seeds = list(self.seeds(block))
         how: dict[str, Any] = {"image_size": self.image_size, "sampler": self.sampler, "num_steps": self.num_steps}
         if self.has_classes:
             labels = torch.tensor([self.label(seed) for seed in seeds], dtype=torch.int64)
             how |= {"label": labels, "guidance": self.guidance}
-        return {"seed": torch.tensor(seeds, dtype=torch.int64), **how}
+        return {"seed": torch.tensor(list(seeds), dtype=torch.int64), **how}
 
     def trial(self) -> "DrawRequest":
         """Return the quickest request of this kind: its first image, in one step."""
-        quick = replace(self, batch_size=1, num_steps=1)
+        quick = replace(self, batch_size=1, num_steps=1, only=None)
         if not self.has_classes:
             return replace(quick, num_images=1)
         first = next(c for c, count in enumerate(self.counts) if count)
@@ -154,6 +195,9 @@ class DrawRequest:
     def description(self) -> dict[str, Any]:
         """Return what decides the images, for a manifest; equal requests are described alike."""
         known = asdict(self)
+        if self.only is None:
+            # Folders that were begun before there was `only` go on.
+            del known["only"]
         if self.has_classes:
             return known | {"num_images": self.total, "images_per_class": list(self.counts)}
         return {name: known[name] for name in known if name not in ("images_per_class", "num_classes", "guidance")}

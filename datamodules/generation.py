@@ -55,7 +55,7 @@ class GenerationDataModule(ClassificationDataModule):
             images; a relative folder is below the current directory.
         min_confidence: Leave out images whose pseudo-label is less sure than that, in [0, 1].
         min_per_class: Least images of a class to train on; with fewer of one nothing is trained. A class that is
-            hardly seen is drawn as noise.
+            hardly seen is drawn as noise. Not asked of a part of a data set (see ImageSource): others have its classes.
         trusted_share: Share of each batch, in (0, 1), that are images whose label people gave, for a classifier of
             noisy images, which otherwise hardly sees them; None draws from all images alike. Only with
             `pseudo_labels`.
@@ -227,9 +227,13 @@ class GenerationDataModule(ClassificationDataModule):
             given = data.labels.numpy()[data.split.labeled]
             # A class that is never seen would be drawn as noise.
             remedy = "Lower the rate of `label_noise` or choose another seed of it, lower `val_share`, or add images"
-            require_every_class(given, self.class_names, remedy, self.min_per_class)
+            require_every_class(given, self.class_names, remedy, self._least)
             parts = {"train": data.split.labeled, "val": data.split.val, "test": data.split.test}
             self._settle(data, {name: len(rows) for name, rows in parts.items()})
+
+    @property
+    def _least(self) -> int:
+        return 0 if self.source.is_part else self.min_per_class
 
     def _relabelled(self, contents: Contents, images: str) -> Contents:
         train = np.asarray(contents.roles) == "train"
@@ -239,7 +243,7 @@ class GenerationDataModule(ClassificationDataModule):
         remedy = "Label the images with a better module, or leave fewer out"
         if self.min_confidence > 0:
             remedy = f"`min_confidence` is {self.min_confidence}: lower it, or label the images with a better module"
-        require_every_class(labels[labels != UNKNOWN], self.class_names, remedy, self.min_per_class)
+        require_every_class(labels[labels != UNKNOWN], self.class_names, remedy, self._least)
         # All of them may be used: what the source hides are its own labels.
         return replace(contents, labels=np.where(train, labels, contents.labels), given=None)
 
@@ -268,9 +272,19 @@ class GenerationDataModule(ClassificationDataModule):
         return found
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return training batches, whose order depends on `seed` and the epoch only."""
+        """Return training batches, whose order depends on `seed` and the epoch only.
+
+        Raises:
+            ValueError: A part of a data set has no labels.
+        """
         data = self._ready()
         rows, size = data.split.labeled, self.batch_size
+        if not len(rows):
+            msg = (
+                "Expected labelled images to train on, but this part of the data set has none. Train without it, or "
+                "give it `pseudo_labels`."
+            )
+            raise ValueError(msg)
         # All ranks share an epoch: more of them take fewer steps.
         steps = self.steps_per_epoch or max(len(rows) // (size * world()[0]), 1)
         trusted = None if self._by_people is None else torch.from_numpy(self._by_people[rows])
@@ -282,7 +296,10 @@ class GenerationDataModule(ClassificationDataModule):
     def _quota(self, trusted: Tensor | None) -> Quota | None:
         if self.trusted_share is None or trusted is None:
             return None
-        if not bool(trusted.any()) or bool(trusted.all()):
+        one_kind = not bool(trusted.any()) or bool(trusted.all())
+        if one_kind and self.source.is_part:
+            return None
+        if one_kind:
             msg = (
                 f"Expected `pseudo_labels` of which people gave some, not all, for `trusted_share`, but they gave "
                 f"{int(trusted.sum())} of the {len(trusted)} in {self.pseudo_labels}; write them with `true_labels`, "

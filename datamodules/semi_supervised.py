@@ -26,10 +26,22 @@ from datamodules.classification.streams import (
     view_seed,
 )
 from datamodules.label_noise import LabelNoise
-from datamodules.loading import LateLoader
+from datamodules.loading import LateLoader, world
 from datamodules.views.crops import MultiCrop
 from datamodules.views.policies import StrongName, WeakName
 from datamodules.views.views import BatchViews, WorkerViews
+
+# What is wrong when a stream that a method wants is empty.
+_NOTHING: dict[StreamName, str] = {
+    "labeled": (
+        "Expected labelled images to train on, but this part of the data set has none. Train without it, or let images "
+        "join by `pseudo_labels` or `synthetic_images`."
+    ),
+    "unlabeled": (
+        "Expected images without a label, which the method wants views of, but all are labelled. Set "
+        "`include_labeled: true`, `num_labels` or `labels_per_class`."
+    ),
+}
 
 
 class SemiSupervisedDataModule(ClassificationDataModule):
@@ -60,7 +72,8 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         labels_balanced: Spread `num_labels` over the classes as equally as possible; else in their proportions.
         val_share: Share of the labelled images to validate on, in [0, 1); every class keeps one to train on. Without
             meaning for a source with validation images of its own.
-        steps_per_epoch: Batches of an epoch.
+        steps_per_epoch: Batches of an epoch; None takes as many whole ones as there are labelled images for (unlabelled
+            ones, for a method that wants no others), at least one.
         include_labeled: Let the labelled images be among the unlabelled ones, too. Validation images never are.
         weak: What a weak view is, see BatchViews. Digits do not survive a flip.
         strong: What a strong view is, see BatchViews.
@@ -118,7 +131,7 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         labels_seed: int = 0,
         labels_balanced: bool = True,
         val_share: float = 0.0,
-        steps_per_epoch: int = 1024,
+        steps_per_epoch: int | None = 1024,
         include_labeled: bool = True,
         weak: WeakName = "flip_crop",
         strong: StrongName = "randaugment",
@@ -167,7 +180,8 @@ class SemiSupervisedDataModule(ClassificationDataModule):
 
     def _check_arguments(self, augment: str) -> None:
         for name in ("batch_size", "unlabeled_ratio", "steps_per_epoch"):
-            check_least(name, getattr(self, name), 1)
+            value = getattr(self, name)
+            check_least(name, 1 if value is None else value, 1)
         if augment not in ("batch", "workers"):
             msg = f'Expected argument `augment` to be "batch" or "workers", but got {augment!r}.'
             raise ValueError(msg)
@@ -321,7 +335,7 @@ class SemiSupervisedDataModule(ClassificationDataModule):
         With `augment: batch` they hold 8-bit images, and `on_after_batch_transfer` makes their views.
 
         Raises:
-            ValueError: A method wants unlabelled images, and there are none.
+            ValueError: A method wants unlabelled images, and there are none; or a part of a data set has no labels.
         """
         sizes = {"labeled": self.batch_size, "unlabeled": self.batch_size * self.unlabeled_ratio}
         streams, splits = self._streams(), {}
@@ -330,17 +344,16 @@ class SemiSupervisedDataModule(ClassificationDataModule):
             if names:
                 split = replace(streams.part(stream), names=names)
                 if not len(split.rows):
-                    msg = (
-                        "Expected images without a label, which the method wants views of, but all are labelled. Set "
-                        "`include_labeled: true`, `num_labels` or `labels_per_class`."
-                    )
-                    raise ValueError(msg)
+                    raise ValueError(_NOTHING[stream])
                 quota = streams.quota(stream, self.drawn_per_batch)
                 self._pools[stream] = Pool(len(split.rows), sizes[stream], self._selected.get(stream), quota)
                 splits[stream] = split
         views = self._views if isinstance(self._views, WorkerViews) else None
-        batches = TrainBatches(streams.store(self.reading), splits, self.seed, views, self.steps_per_epoch)
-        sampler = StreamSampler(self._pools, self.steps_per_epoch, self.seed)
+        pool = self._pools.get("labeled", self._pools.get("unlabeled"))
+        whole = 0 if pool is None else pool.size // (pool.batch_size * world()[0])
+        steps = self.steps_per_epoch or max(whole, 1)
+        batches = TrainBatches(streams.store(self.reading), splits, self.seed, views, steps)
+        sampler = StreamSampler(self._pools, steps, self.seed)
         return LateLoader(batches, batch_size=None, sampler=sampler, **self._settings())
 
     def on_after_batch_transfer(self, batch: object, dataloader_idx: int) -> object:

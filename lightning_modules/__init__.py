@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lightning_modules.networks.adm_unet import ADMUNet as ADMUNet
     from lightning_modules.networks.autoencoder import KLAutoencoder as KLAutoencoder
     from lightning_modules.networks.class_unet import ClassUNet as ClassUNet
+    from lightning_modules.networks.conv_net import ConvNet as ConvNet
+    from lightning_modules.networks.mlp_denoiser import MLPDenoiser as MLPDenoiser
     from lightning_modules.networks.noisy_resnet import NoisyResNet as NoisyResNet
     from lightning_modules.networks.timm_classifier import TimmClassifier as TimmClassifier
     from lightning_modules.networks.uvit import UViT as UViT
@@ -84,6 +86,7 @@ _HOMES = {
     "ClassifierFeatures": "lightning_modules.feature_extractors",
     "ClassifierScore": "lightning_modules.metrics.classifier_verdicts",
     "ClassUNet": "lightning_modules.networks.class_unet",
+    "ConvNet": "lightning_modules.networks.conv_net",
     "CoMatch": "lightning_modules.ssl.comatch",
     "ConfusionTransition": "lightning_modules.diffusion.transition",
     "CosineDecay": "lightning_modules.ssl.schedules",
@@ -115,6 +118,7 @@ _HOMES = {
     "Method": "lightning_modules.ssl.base",
     "MixMatch": "lightning_modules.ssl.mixmatch",
     "NoisyLabelClassifier": "lightning_modules.noisy_label_classifier",
+    "MLPDenoiser": "lightning_modules.networks.mlp_denoiser",
     "NoisyResNet": "lightning_modules.networks.noisy_resnet",
     "NoisyStudent": "lightning_modules.ssl.noisy_student",
     "PiModel": "lightning_modules.ssl.pi_model",
@@ -157,6 +161,7 @@ __all__ = [
     "ClassifierScore",
     "CoMatch",
     "ConfusionTransition",
+    "ConvNet",
     "CosineDecay",
     "CurriculumLabeling",
     "Dash",
@@ -178,6 +183,7 @@ __all__ = [
     "LatentSpace",
     "LearnedTransition",
     "LinearProbe",
+    "MLPDenoiser",
     "ManifoldMetrics",
     "MaskedSiamese",
     "MeanTeacher",

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lightning_modules.lightning_cli import FewlightCLI
 
 _HELP = """\
-usage: lightning [-h] [--version] {fit,validate,test,predict,export} ...
+usage: lightning [-h] [--version] {fit,validate,test,predict,export,federate} ...
 
 Train, test and use the modules of fewlight. What a run is made of stands in a YAML file.
 
@@ -18,6 +18,7 @@ Train, test and use the modules of fewlight. What a run is made of stands in a Y
   lightning validate --config CONFIG [--ckpt_path FILE]         the same on the validation split
   lightning predict  --config CONFIG [--ckpt_path FILE]         write predictions
   lightning export   --ckpt_path FILE --output_dir FOLDER       write a checkpoint's network for diffusers
+  lightning federate --config configs/federated_digits.yaml     train across clients that may not share images
 
 options of every command but export:
   --config FILE          a run, as YAML; repeatable, later ones win
@@ -32,6 +33,9 @@ options of fit:
 options of export:
   --overwrite true       replace a network that was exported to the folder before
 
+options of federate:
+  --engine ENGINE        in_process, simulation (Flower and Ray) or deployment (SuperNodes)
+
 `lightning fit --help` lists everything; `lightning fit --model.help CLASS` the arguments of a module.
 Another package may own the script called lightning: `fewlight` and `python -m lightning_modules` are the same.
 """
@@ -45,12 +49,12 @@ def main(args: list[str] | None = None) -> "FewlightCLI | None":
 
     Returns:
         The CLI object, with `trainer`, `model` and `datamodule`, when `args` were given. None when they came from
-        sys.argv (a console script would print what it is given and exit with 1), and after `export`, `--help` or
-        `--version`.
+        sys.argv (a console script would print what it is given and exit with 1), and after `export`, `federate`,
+        `--help` or `--version`.
 
     Raises:
         SystemExit: The arguments cannot be parsed (code 2), an earlier stage failed (its code), or nothing could be
-            exported (code 1).
+            exported or trained across clients (code 1).
 
     Example:
         >>> from lightning_modules.cli import main
@@ -67,6 +71,12 @@ def main(args: list[str] | None = None) -> "FewlightCLI | None":
         return None
     if argv[0] == "export":
         _export(argv[1:])
+        return None
+    if argv[0] == "federate":
+        # An extra of its own: nothing else here needs the package.
+        from federated.command import run as federate
+
+        federate(argv[1:])
         return None
     from lightning_modules.lightning_cli import run
 

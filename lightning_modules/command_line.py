@@ -3,11 +3,42 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import get_loader
+
+# Importing these makes their classes known by short name: `class_path: HybridSegmentation`.
+PACKAGES = ("lightning_modules", "datamodules", "callbacks")
+
+
+def know_short_names() -> None:
+    """Import every class that can be configured, so that jsonargparse knows it by its short name."""
+    for name in PACKAGES:
+        package = import_module(name)
+        for attribute in package.__all__:
+            getattr(package, attribute)
+
+
+def as_it_was(error: BaseException) -> BaseException:
+    """Find the error of a class's own that jsonargparse retells when it builds objects.
+
+    Args:
+        error: What was caught.
+    """
+    while error.__cause__ is not None and _is_retold(error):
+        error = error.__cause__
+    return error
+
+
+def _is_retold(error: BaseException) -> bool:
+    """Whether jsonargparse raised an error, about one of our own."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("jsonargparse")
 
 
 def overlays_last(args: list[str]) -> list[str]:
@@ -68,7 +99,7 @@ def known_variables(files: Sequence[str], above: tuple[str, ...] = ()) -> set[st
     names = set(_merged_vars(whole))
     for config in whole:
         own = str(Path(config).resolve())
-        stages = _mapping_in(config).get("stages") if Path(config).is_file() and own not in above else None
+        stages = read_mapping(config).get("stages") if Path(config).is_file() and own not in above else None
         inner = [str(Path(config).parent / str(stage)) for stage in stages] if isinstance(stages, list) else []
         names |= known_variables(inner, (*above, own)) if inner else set()
     return names
@@ -106,7 +137,7 @@ def _with_bases(config: str, above: tuple[str, ...] = ()) -> list[str]:
     """A config behind the one it is based on, which may be based on a third."""
     if not Path(config).is_file():
         return [config]  # jsonargparse says that there is none
-    base = _mapping_in(config).get("base")
+    base = read_mapping(config).get("base")
     if base is None:
         return [config]
     file = str(Path(config).resolve())
@@ -116,6 +147,25 @@ def _with_bases(config: str, above: tuple[str, ...] = ()) -> list[str]:
     if not path.is_file():
         refuse(f"expected `base` of {config} to be a YAML file, but there is none at {path}")
     return [*_with_bases(str(path), (*above, file)), config]
+
+
+def read_mapping(file: str) -> dict[str, Any]:
+    """Read a config; jsonargparse does not say in which file it stumbled.
+
+    Args:
+        file: Its path.
+
+    Raises:
+        SystemExit: It is not a mapping in YAML, with code 2.
+    """
+    try:
+        content = get_loader("yaml")(Path(file).read_text())
+        problem = None if isinstance(content, dict | None) else f"it holds a {type(content).__name__}"
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = str(error)
+    if problem is not None:
+        refuse(f"expected a YAML file of `key: value` entries at {file}, but {problem}")
+    return content or {}
 
 
 def refuse(problem: str) -> NoReturn:
@@ -128,18 +178,6 @@ def _merged_vars(files: list[str], key: str = "vars") -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for file in files:
         if Path(file).is_file():
-            values = _mapping_in(file).get(key)
+            values = read_mapping(file).get(key)
             merged |= values if isinstance(values, dict) else {}
     return merged
-
-
-def _mapping_in(file: str) -> dict[str, Any]:
-    """Read a config; jsonargparse does not say in which file it stumbled."""
-    try:
-        content = get_loader("yaml")(Path(file).read_text())
-        problem = None if isinstance(content, dict | None) else f"it holds a {type(content).__name__}"
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = str(error)
-    if problem is not None:
-        refuse(f"expected a YAML file of `key: value` entries at {file}, but {problem}")
-    return content or {}

@@ -7,7 +7,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Mapping
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,13 +22,11 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_modules import stages
 from lightning_modules.checkpoints import file_sha256, load_checkpoint, require_weights
-from lightning_modules.command_line import overlays_last, refuse
+from lightning_modules.command_line import PACKAGES, as_it_was, know_short_names, overlays_last, refuse
 from lightning_modules.pipeline import Pipeline, add_arguments, resolved_settings, round_flags
 from lightning_modules.run_config import config_hash, differences, input_files
 from lightning_modules.run_files import LastCheckpoint, RunRecord, artifact_files, ran_out_of_time, with_own_plugins
 
-# Importing these makes their classes known by short name: `class_path: HybridSegmentation`.
-_PACKAGES = ("lightning_modules", "datamodules", "callbacks")
 # Arguments of modules, and of their parts, that are checkpoints.
 _STARTS_FROM = {"init_from", "teacher_from", "classifier_from", "encoder_from"}
 
@@ -55,7 +52,7 @@ class ChecksEarly(Protocol):
 def run(args: list[str]) -> "FewlightCLI":
     """Parse a command line whose first word is a sub-command, and run it."""
     stages.end_with_parent()
-    for name in _PACKAGES:  # what datamodules say about caching and callbacks about files is for the user to read
+    for name in PACKAGES:  # what datamodules say about caching and callbacks about files is for the user to read
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         if not logger.handlers:
@@ -63,7 +60,9 @@ def run(args: list[str]) -> "FewlightCLI":
     # pytorch-lightning 2.6 asks torch >= 2.9 in a way that is deprecated there; nothing a user could change.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     if args[0] not in FewlightCLI.subcommands():
-        refuse(f"expected a sub-command first ({', '.join(FewlightCLI.subcommands())}, export), got {args[0]}")
+        refuse(
+            f"expected a sub-command first ({', '.join(FewlightCLI.subcommands())}, export, federate), got {args[0]}"
+        )
     try:
         return FewlightCLI(args)
     except SIGTERMException:  # a SystemExit without a code: a scheduler would take it for success
@@ -132,10 +131,7 @@ class FewlightCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse after making the short class names known."""
-        for name in _PACKAGES:
-            package = import_module(name)
-            for attribute in package.__all__:
-                getattr(package, attribute)
+        know_short_names()
         words = args if isinstance(args, list) else []
         self.config = parser.parse_args(words)
         rounds = self.config[self.config.subcommand].rounds
@@ -222,9 +218,7 @@ class FewlightCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            root: BaseException = error
-            while root.__cause__ is not None and _is_retold(root):
-                root = root.__cause__
+            root = as_it_was(error)
             if root is error:
                 raise
             raise root from None
@@ -363,14 +357,6 @@ class FewlightCLI(LightningCLI):
             "artifacts": artifact_files(self.trainer),
             "metrics": {**logged, **self._fit_metrics, **_plain(self.trainer.callback_metrics)},
         }
-
-
-def _is_retold(error: BaseException) -> bool:
-    """Whether jsonargparse raised an error, about one of our own."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("jsonargparse")
 
 
 def _rank() -> int:

@@ -51,11 +51,14 @@ class ImageSource(ABC):
         native_size: Side in pixels that the images have anyway; None where that differs or is not known before they
             are read.
         layout: The expected folders, shown in errors.
+        is_part: Whether this is a part of a data set, a client's for example: classes may be missing among its labels,
+            it may have none at all, and images may be too few to train on.
     """
 
     image_channels: int = 3
     native_size: int | None = None
     layout: str = ""
+    is_part: bool = False
 
     @property
     @abstractmethod

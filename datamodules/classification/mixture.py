@@ -125,11 +125,14 @@ class Mixture:
 
         Args:
             split: Which stream; unlabelled images are never drawn.
-            drawn: How many images of a batch of one rank are; None takes all images equally often.
+            drawn: How many images of a batch of one rank are; None takes all images equally often, as does a part of a
+                data set that has one kind only.
         """
         if drawn is None or split == "unlabeled":
             return None
         first, count = self.counts["labeled"], self.counts["synthetic"]
+        if self.data.is_part and count in (0, len(self.labeled.rows)):
+            return None
         return Quota(np.arange(first, first + count), drawn)
 
     def store(self, reading: Reading) -> Pixels:
@@ -224,7 +227,7 @@ def _guessed(data: Prepared, plan: MixPlan, class_names: Sequence[str]) -> tuple
     ).labels
     rest = np.setdiff1d(data.split.unlabeled, data.split.labeled)
     rows = rest[labels[rest] != UNKNOWN]
-    if not len(rows):
+    if not len(rows) and not data.is_part:
         msg = (
             f"Expected `pseudo_labels` of unlabelled images, at least as sure as `min_confidence` "
             f"{plan.min_confidence}, but {plan.pseudo_labels} has none of the {len(rest)} unlabelled images here; "

@@ -70,6 +70,7 @@ class Prepared:
         truth: True class ids by row, -1 where unknown; for reports only.
         fingerprint: Identifies the images, their uses and given labels.
         images_fingerprint: Identifies the images and what the source has them for, whatever their labels.
+        is_part: Whether they are a part of a data set, see ImageSource.
     """
 
     store: PixelStore
@@ -80,6 +81,7 @@ class Prepared:
     truth: Tensor
     fingerprint: str
     images_fingerprint: str
+    is_part: bool = False
 
 
 def image_side(source: ImageSource, image_size: int | None) -> int:
@@ -155,7 +157,8 @@ def prepare(
     known = truth != UNKNOWN
     _require_labels(roles, known, contents.keys)
     given = known if contents.given is None else known & contents.given
-    split = split_rows(truth, np.flatnonzero(given & (roles == "train")), contents.roles, names, plan)
+    trained = np.flatnonzero(given & (roles == "train"))
+    split = split_rows(truth, trained, contents.roles, names, plan, source.is_part)
     labels = np.full_like(truth, UNKNOWN)
     held_out = split.val if noise_on_val else split.val[roles[split.val] == "train"]
     own = np.concatenate([split.labeled, held_out])
@@ -168,7 +171,7 @@ def prepare(
         labels[own] = wrong.numpy()
     print_of = _fingerprint(contents, split, labels)
     tensors = (torch.from_numpy(labels), torch.from_numpy(hidden))
-    return Prepared(store, contents.keys, contents.roles, split, *tensors, print_of, images)
+    return Prepared(store, contents.keys, contents.roles, split, *tensors, print_of, images, source.is_part)
 
 
 def images_of_folder(folder: str, reading: Reading, channels: int) -> EvalImages:
@@ -211,7 +214,7 @@ def _decode(source: ImageSource, contents: Contents, reading: Reading) -> tuple[
         )
         raise ValueError(msg)
     store, contents = _settle(contents, reading, source.image_channels, source.place, source.layout)
-    if "train" not in contents.roles:
+    if "train" not in contents.roles and not source.is_part:
         msg = f"Expected images to train on in {source.place}, but got none of them."
         raise ValueError(msg)
     return store, contents

@@ -118,7 +118,12 @@ class Split:
 
 
 def split_rows(
-    truth: Int64Array, given: Int64Array, roles: Sequence[str], names: Sequence[str], plan: LabelPlan
+    truth: Int64Array,
+    given: Int64Array,
+    roles: Sequence[str],
+    names: Sequence[str],
+    plan: LabelPlan,
+    is_part: bool = False,
 ) -> Split:
     """Decide what each image is used for.
 
@@ -128,6 +133,7 @@ def split_rows(
         roles: train, val or test for each image.
         names: Names of the classes.
         plan: How labelled images are chosen.
+        is_part: Whether classes may be missing, see ImageSource.
 
     Returns:
         The rows of each use.
@@ -136,11 +142,13 @@ def split_rows(
         ValueError: The labels do not suffice for the plan.
     """
     by_role = {role: np.flatnonzero(np.asarray(roles) == role) for role in ("train", "val", "test")}
-    available = require_every_class(truth[given], names, "Label some, or take the class out")
+    least = 0 if is_part else 1
+    available = require_every_class(truth[given], names, "Label some, or take the class out", least)
     labeled = given[_choose(truth[given], available, names, plan)]
     val = by_role["val"]
-    if not len(val) and plan.val_share > 0:
-        labeled, val = _carve(labeled, truth, names, plan)
+    # A part that has hardly more labels than classes keeps them all to train on.
+    if not len(val) and plan.val_share > 0 and (len(labeled) > len(names) or not is_part):
+        labeled, val = _carve(labeled, truth, names, plan, is_part)
     rest = np.setdiff1d(by_role["train"], np.concatenate([labeled, val]))
     if plan.imbalance is not None and plan.imbalance.gamma_unlabeled is not None:
         rest = rest[_thin(truth[rest], names, plan.imbalance, plan.seed)]
@@ -229,13 +237,15 @@ def _choose_total(labels: Int64Array, names: Sequence[str], wanted: int, plan: L
 
 
 def _carve(
-    labeled: Int64Array, truth: Int64Array, names: Sequence[str], plan: LabelPlan
+    labeled: Int64Array, truth: Int64Array, names: Sequence[str], plan: LabelPlan, is_part: bool
 ) -> tuple[Int64Array, Int64Array]:
     """Take validation images from the labelled ones, in proportion, leaving at least one of each class."""
     seed = int(np.random.SeedSequence((plan.seed, 2)).generate_state(1)[0])
     order = np.asarray(balanced_order(truth[labeled], seed))
     kept, free = labeled[order[: len(names)]], labeled[np.sort(order[len(names) :])]
     wanted = max(round(plan.val_share * len(labeled)), 1)
+    if is_part:
+        wanted = min(wanted, len(free))
     if wanted > len(free):
         msg = (
             f"Expected argument `val_share` to leave a labelled image of each of {len(names)} classes to train on, "

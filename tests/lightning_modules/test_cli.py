@@ -375,7 +375,7 @@ def test_the_sub_command_comes_first(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as stopped:
         _run("--config", "a.yaml", "fit")
     assert stopped.value.code == 2
-    words = "expected a sub-command first (fit, validate, test, predict, export), got --config"
+    words = "expected a sub-command first (fit, validate, test, predict, export, federate), got --config"
     assert words in capsys.readouterr().err
 
 
