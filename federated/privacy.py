@@ -1,6 +1,7 @@
 """Central differential privacy of what clients train together, with Flower's wrapper."""
 
 import math
+import secrets
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -32,7 +33,8 @@ class PrivateFedAvg(CountedFedAvg):
     Tensors that are no trained parameters, such as the statistics of batch normalisation, are averaged without clipping
     and noise: they are not private. Nor are the numbers of images and the losses that clients tell the server.
 
-    The noise is a function of (seed, name, round), so that a run can be resumed: who knows the seed can take it away.
+    The noise is a function of (noise key, name, round), so that a run can be resumed. The server draws the key and
+    tells nobody: who knows it can take the noise away.
 
     Args:
         plan: What is trained, and with whom.
@@ -41,6 +43,8 @@ class PrivateFedAvg(CountedFedAvg):
 
     Attributes:
         clipping_norm: The norm C of the next round.
+        noise_key: Decides the noise; another one for each network that is trained, or two results with the same noise
+            would tell what is below it.
     """
 
     uniform = True
@@ -50,18 +54,20 @@ class PrivateFedAvg(CountedFedAvg):
         self.privacy = privacy
         self.parameters = frozenset(parameters)
         self.clipping_norm = privacy.clipping_norm
+        self.noise_key = new_noise_key()
 
-    def state(self) -> dict[str, float]:
-        """What goes from round to round beside the weights: the clipping norm."""
-        return {"clipping_norm": self.clipping_norm}
+    def state(self) -> dict[str, float | str]:
+        """What goes from round to round beside the weights: the clipping norm, and the key."""
+        return {"clipping_norm": self.clipping_norm, "noise_key": self.noise_key}
 
-    def restore(self, state: Mapping[str, float]) -> None:
+    def restore(self, state: Mapping[str, float | str]) -> None:
         """Go on from what `state` gave.
 
         Args:
             state: It.
         """
-        self.clipping_norm = state.get("clipping_norm", self.clipping_norm)
+        self.clipping_norm = float(state.get("clipping_norm", self.clipping_norm))
+        self.noise_key = str(state.get("noise_key", self.noise_key))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -123,7 +129,7 @@ class PrivateFedAvg(CountedFedAvg):
         for one, arrays in zip(entering, states, strict=True):
             metrics = MetricRecord({wire.WEIGHT: 1})
             one.reply.content = RecordDict({wire.ARRAYS: _record(arrays), wire.METRICS: metrics})
-        words = np.frombuffer(digest(self.plan.seed, self.plan.name, number, "noise"), dtype="<u4")
+        words = np.frombuffer(digest(self.noise_key, self.plan.name, number, "noise"), dtype="<u4")
         with isolate_rng(include_cuda=False), np.errstate(divide="ignore"):
             np.random.seed(words)  # noqa: NPY002 - Flower draws its noise there
             record, _ = wrapper.aggregate_train(number, [one.reply for one in entering])
@@ -151,10 +157,15 @@ class PrivateFedAvg(CountedFedAvg):
         updates = [[state[name] - before[name] for name in before] for state in states]
         norms = [math.hypot(*(float(np.linalg.norm(part)) for part in update)) for update in updates]
         std = len(states) / _CLIENTS_PER_STD if self.privacy.noise_multiplier else 0.0
-        words = np.frombuffer(digest(self.plan.seed, self.plan.name, number, "count"), dtype="<u4")
+        words = np.frombuffer(digest(self.noise_key, self.plan.name, number, "count"), dtype="<u4")
         noise = np.random.default_rng(words).normal(0.0, std)
         share = (sum(norm <= self.clipping_norm for norm in norms) + noise) / len(states)
         self.clipping_norm *= math.exp(-_STEP * (share - _QUANTILE))
+
+
+def new_noise_key() -> str:
+    """Draw a key that nobody can guess."""
+    return secrets.token_hex(32)
 
 
 def _record(arrays: Arrays) -> ArrayRecord:

@@ -60,12 +60,15 @@ class Report:
         # purge_step 0: TensorBoard leaves out all that events of the folder say before.
         self._board = SummaryWriter(self.folder, purge_step=0 if before and not same else None)
 
-    def round(self, task_name: str, found: RoundReport) -> None:
+    def round(self, task_name: str, found: RoundReport) -> bool:
         """Show a round of a network that clients train together.
 
         Args:
             task_name: Name of the step.
             found: What is known of the round.
+
+        Returns:
+            Whether that is new: false for what this run has told before it was stopped.
         """
         told = {
             "accuracy": found.accuracy,
@@ -74,7 +77,7 @@ class Report:
         }
         rounds = self._told["rounds"].setdefault(task_name, {})
         if rounds.get(str(found.number)) == told:
-            return
+            return False
         rounds[str(found.number)] = told
         for tag, values in (("accuracy", found.per_client), ("loss", found.losses)):
             for client, value in sorted(values.items()):
@@ -85,6 +88,7 @@ class Report:
             mean = sum(count * found.losses[client] for client, count in counts.items()) / sum(counts.values())
             self._scalar(f"loss/{task_name}", mean, found.number)
         self._keep()
+        return True
 
     def client_classes(self, pixels: Pixels) -> None:
         """Show which client holds what.

@@ -90,7 +90,7 @@ class _Progress:
     weights: State
     average: State = field(default_factory=dict)
     history: list[RoundReport] = field(default_factory=list)
-    strategy: dict[str, float] = field(default_factory=dict)
+    strategy: dict[str, float | str] = field(default_factory=dict)
 
 
 def train_together(
@@ -187,7 +187,8 @@ def _add_round(progress: _Progress, strategy: CountedFedAvg, weights: State, rol
     progress.weights = weights
     progress.average = _next(progress.average, weights, role)
     progress.history.append(RoundReport(number, dict(strategy.last_train), dict(strategy.last_evaluation)))
-    progress.strategy = strategy.state()
+    # What is finished needs no secret any more.
+    progress.strategy = strategy.state() if number < role.rounds else {}
 
 
 def _next(before: State, weights: State, role: Role) -> State:

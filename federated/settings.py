@@ -195,12 +195,16 @@ class Communication:
 
 @dataclass(frozen=True)
 class Privacy:
-    """Central differential privacy of the weights that clients send, by Flower's wrappers; every client counts alike.
+    """Central differential privacy of the weights that clients send, by Flower's wrapper; every client counts alike.
+
+    The server adds the noise, so it sees what clients send without. Statistics of batch normalisation, numbers of
+    images and losses are not noised. The noise is another one in each run, whatever the seed.
 
     Attributes:
         noise_multiplier: Standard deviation of the noise relative to the clipping norm.
         clipping_norm: Largest norm of a client's update; where `adaptive`, that of the first round.
-        adaptive: Let the clipping norm follow the median of the updates' norms.
+        adaptive: Let the clipping norm follow the median of the updates' norms; needs a `noise_multiplier` below a
+            tenth of the clients of a round.
     """
 
     noise_multiplier: float

@@ -181,7 +181,8 @@ class Steps:
         rounds = role_of(self.settings, task).rounds
 
         def seen(found: RoundReport) -> None:
-            self.report.round(task.name, found)
+            if not self.report.round(task.name, found):
+                return
             if found.number % math.ceil(rounds / _LINES) == 0 or found.number == rounds:
                 known = "" if found.accuracy is None else f", test accuracy {found.accuracy:.3f}"
                 loss = f", loss {fmean(found.losses.values()):.3f}" if found.losses else ""
@@ -200,8 +201,6 @@ class Steps:
             parameters=trained_names(module),
             clients={member.node_id: member.client for member in self.cohort.members},
         )
-        for found in finished.history:  # what the report was told before changes nothing
-            self.report.round(task.name, found)
         load_network_state(module, finished.weights)
         write_checkpoint(module, folder / CHECKPOINT)
         content = {"kind": "federated_fit", "identity": identity, "rounds": len(finished.history)}

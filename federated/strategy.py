@@ -102,11 +102,11 @@ class CountedFedAvg(FedAvg):
 
     # ---------------------------------------------------------------- what a resumed run needs
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, float | str]:
         """What goes from round to round beside the weights."""
         return {}
 
-    def restore(self, state: Mapping[str, float]) -> None:
+    def restore(self, state: Mapping[str, float | str]) -> None:
         """Go on from what `state` gave.
 
         Args:

@@ -1,6 +1,7 @@
 """Every file under configs/: says how it is run, can be run, and fits the files it works with."""
 
 import io
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
 OVERLAYS = [path for path in FILES if path.parent.name == "overlays"]
 DRAWS = [path for path in FILES if path.stem.startswith("draw_")]
-CONFIGS = [path for path in FILES if path not in (*OVERLAYS, *DRAWS)]
+FEDERATED = [path for path in FILES if path.stem.startswith("federated_")]
+CONFIGS = [path for path in FILES if path not in (*OVERLAYS, *DRAWS, *FEDERATED)]
 
 
 @pytest.fixture(autouse=True)
@@ -166,9 +168,9 @@ def test_a_file_opens_with_its_command(path: Path) -> None:
     assert _header(path).startswith(" "), "a sentence comes first"
     assert "TODO" not in _header(path)
     variables, words = next(_commands(path))
-    assert words[:2] == ["predict" if path in DRAWS else "fit", "--config"]
+    assert words[:2] == ["predict" if path in DRAWS else "federate" if path in FEDERATED else "fit", "--config"]
     base = Path(words[2])
-    data = _whole(base)["data"]
+    data = _whole(base)["source" if path in FEDERATED else "data"]
     if path in OVERLAYS:
         assert words[3:] == ["--overlay", str(path)]
         assert (base, path) in COMBINED
@@ -187,7 +189,8 @@ def test_each_command_of_a_header_parses(path: Path) -> None:
         assert str(path) in words
         plain = words == ["fit", "--config", str(path)]
         if not plain and (number or path not in OVERLAYS):  # what is left out is among the combinations below
-            assert _printed(*words)["model"]["class_path"]
+            printed = _printed(*words)
+            assert (printed["classifier"] if path in FEDERATED else printed)["model"]["class_path"]
 
 
 def _require_reached(config: Path, overlay: Path) -> None:
@@ -427,6 +430,23 @@ def _apart_from_what_a_flag_is_for(config: Path) -> str:
     for name in ("num_labels", "labels_seed", "seed", "images_seed"):
         content["data"]["init_args"].pop(name, None)
     return yaml.safe_dump(content)
+
+
+@pytest.mark.parametrize("config", FEDERATED, ids=str)
+def test_a_federated_config_runs_shrunk(config: Path, tmp_path: Path) -> None:
+    content = _whole(config)
+    source = content["source"] | {"init_args": content["source"]["init_args"] | {"num_train": 100, "num_test": 30}}
+    split = content["split"] | {"num_clients": 3, "label_share": 0.5}
+    content |= {"source": source, "split": split, "run_dir": str(tmp_path / "run")}
+    for role in ("classifier", "generator"):
+        content[role]["rounds"] = 1
+        content[role]["data"]["init_args"]["steps_per_epoch"] = 1
+    content["drawing"] |= {"num_steps": 1, "min_gate_rate": 0.0}
+    content["central"] = None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    main(["federate", "--config", str(tmp_path / "config.yaml")])
+    arms = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]
+    assert list(arms) == content["arms"]
 
 
 def test_no_file_repeats_another_for_a_seed_or_a_label_count() -> None:

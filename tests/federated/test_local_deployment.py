@@ -141,14 +141,16 @@ def test_an_unknown_key_is_turned_away(tmp_path: Path, port: int, started: Local
     try:
         command = supernode_command(f"127.0.0.1:{port}", authority, stranger, 1, 2, port + 1)
         group.start(command, tmp_path / "stranger.log", environment(tmp_path / "strange"))
-        until(lambda: "No SuperNode found with the given public key" in (tmp_path / "stranger.log").read_text())
+        until(lambda: "[code: 2004] Failed to activate SuperNode" in (tmp_path / "stranger.log").read_text(), 120.0)
         assert "SuperNode ID" not in (tmp_path / "stranger.log").read_text()
+        superlink = (tmp_path / "flower" / "logs" / "superlink.log").read_text()
+        assert "No SuperNode found with the given public key" in superlink
         # Nor does one get in that shows no key at all.
         at = command.index("--auth-supernode-private-key")
         nameless = group.start(
             command[:at] + command[at + 2 :], tmp_path / "nameless.log", environment(tmp_path / "strange")
         )
-        until(lambda: nameless.poll() is not None or "ApiError" in (tmp_path / "nameless.log").read_text())
+        until(lambda: nameless.poll() is not None or "Failed to" in (tmp_path / "nameless.log").read_text(), 120.0)
         assert "SuperNode ID" not in (tmp_path / "nameless.log").read_text()
     finally:
         group.stop()

@@ -37,7 +37,9 @@ def _moved(sent: State, update: list[float], client: int) -> State:
 
 
 def _strategy(privacy: Privacy, seed: int = 0) -> PrivateFedAvg:
-    return PrivateFedAvg(Plan(Communication(min_clients=1, wait=0.0), seed, "toy"), privacy, PARAMETERS)
+    strategy = PrivateFedAvg(Plan(Communication(min_clients=1, wait=0.0), seed, "toy"), privacy, PARAMETERS)
+    strategy.noise_key = f"key {seed}"
+    return strategy
 
 
 def _round(
@@ -116,18 +118,22 @@ def test_noise_has_the_standard_deviation_of_the_clients_that_answered(lost: int
     assert int(found["steps"]) == 0
 
 
-def test_noise_is_a_function_of_seed_step_and_round() -> None:
+def test_noise_is_a_function_of_key_step_and_round() -> None:
     sent, privacy = _sent(), Privacy(1.0, 1.0)
     state = pickle.dumps(np.random.get_state())  # noqa: NPY002 - must not change
 
-    def drawn(seed: int, server_round: int, name: str = "toy", before: int = 0) -> Tensor:
-        plan = Plan(Communication(min_clients=1, wait=0.0), seed, name, before)
-        return _update(_round(PrivateFedAvg(plan, privacy, PARAMETERS), sent, [sent, sent], server_round), sent)
+    def drawn(key: str | None, server_round: int, name: str = "toy", before: int = 0) -> Tensor:
+        plan = Plan(Communication(min_clients=1, wait=0.0), 0, name, before)
+        strategy = PrivateFedAvg(plan, privacy, PARAMETERS)
+        strategy.noise_key = strategy.noise_key if key is None else key
+        return _update(_round(strategy, sent, [sent, sent], server_round), sent)
 
-    first = drawn(0, 3)
-    assert torch.equal(first, drawn(0, 3))
-    assert torch.equal(first, drawn(0, 1, before=2))
-    others = [drawn(0, 2), drawn(1, 3), drawn(0, 3, "other")]
+    first = drawn("a", 3)
+    assert torch.equal(first, drawn("a", 3))
+    assert torch.equal(first, drawn("a", 1, before=2))
+    # Without a word every strategy has a key of its own, though all have one seed.
+    others = [drawn("a", 2), drawn("b", 3), drawn("a", 3, "other"), drawn(None, 3), drawn(None, 3)]
+    assert not torch.isclose(others[-1], others[-2]).any()
     assert not any(torch.isclose(first, other).any() for other in others)
     assert pickle.dumps(np.random.get_state()) == state  # noqa: NPY002 - must not change
 
@@ -181,6 +187,7 @@ def test_adaptive_norm_is_what_a_resumed_run_needs() -> None:
     resumed = _strategy(Privacy(0.0, 1.0, adaptive=True))
     resumed.restore(strategy.state())
     assert resumed.clipping_norm == strategy.clipping_norm != 1.0
+    assert resumed.noise_key == strategy.noise_key
 
 
 # ---------------------------------------------------------------- settings

@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 from torch import Tensor
 from toy_clients import ToyGrid
 
-from federated import wire
+from federated import privacy, wire
 from federated.rounds import FILE, Finished, RoundReport, train_together
 from federated.settings import Communication, Privacy, Role, Settings
 from federated.tasks import FitTask
@@ -180,8 +180,9 @@ def _lost_in_round_two(message: Message) -> bool:
 @pytest.mark.parametrize("lost", [None, _lost_in_round_two], ids=["", "lost"])
 @pytest.mark.filterwarnings("ignore:Round 2 of `toy` goes on without")
 def test_run_that_was_stopped_ends_like_one_that_was_not(
-    tmp_path: Path, settings: Settings, lost: Callable[[Message], bool] | None
+    tmp_path: Path, settings: Settings, lost: Callable[[Message], bool] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(privacy, "new_noise_key", lambda: "first")
     grid = _grid(lost=lost)
     whole = _run(tmp_path / "whole", settings, grid=grid)
     for last in range(1, ROUNDS):
@@ -191,8 +192,10 @@ def test_run_that_was_stopped_ends_like_one_that_was_not(
                 raise StoppedError
 
         folder = tmp_path / f"{last}"
+        monkeypatch.setattr(privacy, "new_noise_key", lambda: "first")
         with pytest.raises(StoppedError):
             _run(folder, settings, grid=_grid(lost=lost), on_round=stop)
+        monkeypatch.setattr(privacy, "new_noise_key", lambda: "of another process")
         rest, seen = _grid(lost=lost), list[RoundReport]()
         resumed = _run(folder, settings, grid=rest, on_round=seen.append)
         assert {asked.server_round for _, _, asked in rest.heard} == set(range(last + 1, ROUNDS + 1))
