@@ -28,7 +28,18 @@ from federated.counting import (
 from federated.drawing import draw_classes, drawn_counts, wanted
 from federated.labelling import label_images, select_labels
 from federated.local_fit import Epochs, fit, make_trainer, quietly
-from federated.roles import DRAWN, PSEUDO_LABELS, SELECTED, artifact_of, build_data, build_module, build_source, role_of
+from federated.provenance import Provenance
+from federated.roles import (
+    DRAWN,
+    PSEUDO_LABELS,
+    SELECTED,
+    artifact_of,
+    artifacts_of,
+    build_data,
+    build_module,
+    build_source,
+    role_of,
+)
 from federated.settings import Settings
 from federated.task_parts import TaskParts
 from federated.tasks import FitTask
@@ -42,6 +53,8 @@ NOISY_CLASSIFIER = "noisy_classifier.ckpt"
 _CLASSIFIER = FitTask("classifier")
 # Tasks whose module and images are kept; a step asks for those of one task again and again.
 _KEPT = 2
+# What is counted of which artifact.
+_COUNTED = {"confidences": PSEUDO_LABELS, "selection": SELECTED, "drawn": DRAWN}
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,7 @@ class Client:
         self.number = number
         self.source = build_source(settings, {}) if source is None else source
         self.folder = Path(settings.run_dir).expanduser() / "clients" / f"{number:02d}" if folder is None else folder
+        self._provenance = Provenance(self.folder, settings.config_hash())
         self._built: dict[tuple[object, ...], TaskParts] = {}
         self._trainers: dict[str, Trainer] = {}
         self._contents: Contents | None = None
@@ -154,9 +168,11 @@ class Client:
 
         Raises:
             ValueError: There is nothing of that name, or task or weights are missing.
-            FileNotFoundError: Nothing was labelled or drawn yet.
+            FileNotFoundError: Nothing was labelled or drawn yet in this run.
         """
         names = len(self.source.class_names)
+        if what in _COUNTED:
+            self._provenance.require([_COUNTED[what]])
         if what == "labels":
             return count_labels(self._read(), names)
         if what == "confidences":
@@ -197,8 +213,10 @@ class Client:
 
         Raises:
             ValueError: Weights, module or data do not fit.
+            FileNotFoundError: It lacks what it should have labelled or drawn for the task in this run.
             FloatingPointError: The loss is not finite.
         """
+        self._provenance.require(artifacts_of(task))
         role = role_of(self.settings, task)
         epochs = Epochs((number - 1) * role.epochs, role.epochs, role.rounds * role.epochs)
         built = self._of(task)
@@ -235,7 +253,7 @@ class Client:
             weights: The network's weights.
         """
         built = self._of(replace(task, fold=None))
-        with quietly():
+        with quietly(), self._provenance.made(PSEUDO_LABELS):
             module, trainer = built.for_evaluation(weights), self._trainer(task)
             label_images(module, built.classes, self.folder / PSEUDO_LABELS, trainer)
 
@@ -245,8 +263,13 @@ class Client:
         Args:
             confusion: Errors of the classifier over all clients [T, K, K], see `counts`.
             cut: How sure pseudo-labels have to be [K], see `selection.cuts`.
+
+        Raises:
+            FileNotFoundError: Nothing was labelled yet in this run.
         """
-        select_labels(self.folder / PSEUDO_LABELS, self.folder / SELECTED, self.settings.selection, confusion, cut)
+        self._provenance.require([PSEUDO_LABELS])
+        with self._provenance.made(SELECTED):
+            select_labels(self.folder / PSEUDO_LABELS, self.folder / SELECTED, self.settings.selection, confusion, cut)
 
     def draw(
         self,
@@ -279,9 +302,12 @@ class Client:
         with quietly():
             plain = self._of(_CLASSIFIER)
             gate = plain.for_evaluation(gate_weights) if how.gate and gate_weights is not None else None
-            generator = self._of(task).for_evaluation(weights)
+            # What training takes from the client's folder is no part of it: who selected nothing has none of that.
+            generator = build_module(role_of(self.settings, task), len(own), None, self.settings.seed)
+            load_network_state(generator, weights)
             data, trainer = plain.classes, self._trainer(task)
-            draw_classes(generator, gate, data, self.folder / DRAWN, self.number, numbers, how, trainer)
+            with self._provenance.made(DRAWN):
+                draw_classes(generator, gate, data, self.folder / DRAWN, self.number, numbers, how, trainer)
 
     def _freeze(self, frozen: Mapping[str, Tensor]) -> None:
         """Write a finished noisy classifier as the checkpoint that generators read."""

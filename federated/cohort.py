@@ -1,7 +1,6 @@
 """The clients of a run, as the server knows them."""
 
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from federated.secure_sum import unmask
 from federated.settings import Communication
 from federated.tasks import FitTask
-from federated.wire import Answers, ask
+from federated.wire import Answers, ask, connected
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -55,6 +54,7 @@ class Cohort:
         communication: Who is waited for.
 
     Raises:
+        TimeoutError: Too few of them connect.
         RuntimeError: Too few of them answer.
         ValueError: They do not fit together.
     """
@@ -75,16 +75,20 @@ class Cohort:
         """How many."""
         return len(self.class_names)
 
+    @property
+    def present(self) -> list[Member]:
+        """Those that can be reached now: a node that is away would be waited for as long as for a slow one."""
+        there = set(self.grid.get_node_ids())
+        return [member for member in self.members if member.node_id in there]
+
     def describe(self) -> None:
         """Ask every client that is there who it is, and look whether they fit together."""
-        self._wait()
-        nodes = {node_id: None for node_id in self.grid.get_node_ids()}
-        answers = ask(self.grid, nodes, "query.describe", {}, timeout=self.communication.timeout)
+        nodes = connected(self.grid, self.communication)
+        answers = ask(self.grid, dict.fromkeys(nodes), "query.describe", {}, timeout=self.communication.timeout)
         refused = {node: error for node, error in answers.errors.items() if node in answers.refused}
         if refused:
             raise ValueError(_told(refused))
-        for error in answers.errors.values():
-            print(f"{error}; going on without it", flush=True)
+        _tell(answers.errors)
         members = [
             Member(
                 int(answer["client"]),
@@ -124,7 +128,7 @@ class Cohort:
         """
         answers = ask(
             self.grid,
-            {member.node_id: member.client for member in self.members},
+            {member.node_id: member.client for member in self.present},
             action,
             dict(config) if task is None else {**config, "task": task.to_json()},
             arrays=arrays,
@@ -132,13 +136,15 @@ class Cohort:
             timeout=self.communication.timeout,
         )
         self._require_enough(len(answers.by_client), answers.errors)
+        _tell(answers.errors)
         return answers
 
     def total(self, what: str, task: FitTask | None = None, arrays: Mapping[str, Tensor] | None = None) -> Int64Array:
         """Sum counts over all clients such that nobody sees those of one.
 
         The masks of pairs of clients only cancel when all of them answer. When one does not, the others are asked
-        again, with other masks.
+        again, with other masks. Two sums of the same that differ by one client tell its counts, as when a run goes on
+        without a client that was counted before it was stopped.
 
         Args:
             what: Which counts, see Client.counts.
@@ -149,30 +155,22 @@ class Cohort:
             RuntimeError: Too few clients answer, or others in every attempt.
         """
         for _ in range(_ATTEMPTS):
-            cohort = {str(member.client): member.public_key for member in self.members}
+            asked = self.present
+            cohort = {str(member.client): member.public_key for member in asked}
             config = {"what": what, "nonce": secrets.token_hex(16), "cohort": cohort}
             answers = self.ask("query.sum", config, task, arrays)
-            if len(answers.by_client) == len(self.members):
+            if answers.by_client.keys() == {member.client for member in asked}:
                 return unmask([answers.masked[client] for client in sorted(answers.by_client)])
-            gone = sorted({member.client for member in self.members} - answers.by_client.keys())
-            print(f"sum of {what}: {_names(gone)} did not answer; asking the others again", flush=True)
-            # One that was started again has another key.
+            left_out = [member for member in asked if member.client not in answers.by_client]
+            names = _names([member.client for member in left_out])
+            print(f"sum of {what}: {names} did not take part; asking anew", flush=True)
+            keys = {member.client: member.public_key for member in left_out}
             self.describe()
-            self.members = [member for member in self.members if member.client not in gone]
+            # One that was started again has another key. Who has the same has gone, or would say no once more.
+            self.members = [member for member in self.members if keys.get(member.client) != member.public_key]
             self._require_enough(len(self.members), answers.errors)
         msg = f"Expected the same clients to answer twice, got others in {_ATTEMPTS} attempts to sum {what}."
         raise RuntimeError(msg)
-
-    def _wait(self) -> None:
-        least, end = self.communication.min_clients, time.monotonic() + self.communication.wait
-        while (there := len(list(self.grid.get_node_ids()))) < least:
-            if time.monotonic() > end:
-                msg = (
-                    f"Expected at least {least} clients (`communication.min_clients`) within "
-                    f"{self.communication.wait:g} s, got {there}; start more, or lower it."
-                )
-                raise RuntimeError(msg)
-            time.sleep(0.5)
 
     def _require_enough(self, answered: int, errors: Mapping[int, str]) -> None:
         least = self.communication.min_clients
@@ -189,17 +187,18 @@ def _names(clients: Sequence[int]) -> str:
     return ("client " if len(clients) == 1 else "clients ") + ", ".join(map(str, clients))
 
 
+def _tell(errors: Mapping[int, str]) -> None:
+    """Print which clients a run goes on without, and why."""
+    for _, error in sorted(errors.items()):
+        print(f"{error}; going on without it", flush=True)
+
+
 def _told(errors: Mapping[int, str]) -> str:
     return "; ".join(f"{error}" for _, error in sorted(errors.items()))
 
 
 def _check(members: Sequence[Member]) -> None:
     """Refuse clients that cannot train one network together."""
-    numbers = [member.client for member in members]
-    twice = sorted({number for number in numbers if numbers.count(number) > 1})
-    if twice:
-        msg = f"Expected every client to have a number of its own, got {twice[0]} twice; see `partition-id`."
-        raise ValueError(msg)
     first = members[0]
     for member in members:
         if not member.images:

@@ -39,7 +39,7 @@ def run(words: Sequence[str]) -> None:
     # Of each round Flower says several lines; what is asked for is the progress that the steps print.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     try:
-        _dispatch(settings)
+        federate(settings)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on at the last finished round", file=sys.stderr)
         raise SystemExit(130) from None
@@ -49,8 +49,17 @@ def run(words: Sequence[str]) -> None:
         _fail(str(error))
 
 
-def _dispatch(settings: Settings) -> None:
-    """Run the settings on their engine."""
+def federate(settings: Settings) -> None:
+    """Run settings on their engine; what `lightning federate` does after it has read them.
+
+    Args:
+        settings: The run; its folder holds everything in the end.
+
+    Raises:
+        RuntimeError: Too few clients answered, or a deployment failed.
+        ValueError: Clients do not fit together, or none has labels.
+        OSError: Images or certificates are missing, or a port is in use.
+    """
     if settings.engine == "deployment":
         from federated import deployment
 

@@ -123,7 +123,7 @@ def build_module(role: Role, num_classes: int, folder: Path | None, seed: int) -
 def build_data(role: Role, task: FitTask, source: ImageSource, folder: Path, seed: int) -> LightningDataModule:
     """Build the data of a role for a task, with what of the client's pseudo-labels and drawn images it is to use.
 
-    Where the client has none of these, its labels are all there is.
+    Where the client has none of these, its labels are all there is; whether it should have some is for `Provenance`.
 
     Args:
         role: The role.
@@ -160,6 +160,16 @@ def build_data(role: Role, task: FitTask, source: ImageSource, folder: Path, see
                 arguments.pop(argument, None)
     arguments |= {"source": source, "seed": seed}
     return cast("LightningDataModule", _instantiate("data", config))
+
+
+def artifacts_of(task: FitTask) -> list[str]:
+    """Name the folders of a client that a task needs.
+
+    Args:
+        task: What is trained.
+    """
+    labels = {None: [], "all": [PSEUDO_LABELS], "selected": [SELECTED]}[task.pseudo_labels]
+    return labels + [DRAWN] * task.drawn
 
 
 def artifact_of(task: FitTask, folder: Path) -> Path | None:

@@ -3,23 +3,20 @@
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from flwr.serverapp import Grid
 
 from callbacks.client_classes import draw_client_classes
 from callbacks.drawing import Pixels
 from datamodules.atomic import write_json_atomically
 from datamodules.classification.client_part import ClientPart
-from datamodules.classification.contents import Contents
 from datamodules.partition import ClientSplit
-from federated.central import train_centrally
+from federated.central import What, train_centrally
+from federated.counting import count_labels
 from federated.roles import build_source
 from federated.settings import Settings
 from federated.steps import Steps
 from federated.table import Row
 from lightning_modules.stages import only_one_fit
-
-Int64Array = npt.NDArray[np.int64]
 
 
 def conduct(grid: Grid, settings: Settings) -> None:
@@ -32,6 +29,7 @@ def conduct(grid: Grid, settings: Settings) -> None:
         settings: The run.
 
     Raises:
+        TimeoutError: Too few clients connect.
         RuntimeError: Too few clients answer, or the folder is another run's at the moment.
         ValueError: Clients do not fit together, or none has labels.
     """
@@ -43,7 +41,7 @@ def conduct(grid: Grid, settings: Settings) -> None:
         if settings.split is not None:
             steps.report.client_classes(_who_holds_what(settings, settings.split))
         steps.run()
-        steps.rows += _central(settings, steps.cohort.class_names)
+        steps.rows += _central(settings, run_dir, steps.cohort.class_names)
         steps.report.finish(steps.rows)
         manifest = {
             "kind": "federated",
@@ -54,33 +52,32 @@ def conduct(grid: Grid, settings: Settings) -> None:
         write_json_atomically(run_dir / "manifest.json", manifest)
 
 
-def _central(settings: Settings, class_names: tuple[str, ...]) -> list[Row]:
+def _central(settings: Settings, run_dir: Path, class_names: tuple[str, ...]) -> list[Row]:
     """Training in one place, where the images were dealt out from one place."""
     if settings.central is None or settings.split is None:
         return []
-    rows = []
-    if settings.central.same_labels:
-        accuracy = train_centrally(settings, "same_labels", class_names, Path(settings.run_dir) / "central_same_labels")
-        rows.append(Row("central, same labels", accuracy, None, ""))
-    if settings.central.all_labels:
-        accuracy = train_centrally(settings, "all_labels", class_names, Path(settings.run_dir) / "central_all_labels")
-        rows.append(Row("central, all labels", accuracy, None, ""))
-    return rows
+    wanted: list[tuple[What, bool]] = [
+        ("same_labels", settings.central.same_labels),
+        ("all_labels", settings.central.all_labels),
+    ]
+    return [
+        Row(
+            f"central, {what.replace('_', ' ')}",
+            train_centrally(settings, what, class_names, run_dir / f"central_{what}"),
+        )
+        for what, is_wanted in wanted
+        if is_wanted
+    ]
 
 
 def _who_holds_what(settings: Settings, split: ClientSplit) -> Pixels:
     """A picture of what the clients of a data set that was dealt out have."""
     source = build_source(settings, {})
-    parts = [ClientPart(source, client, split).read() for client in range(split.num_clients)]
     classes = len(source.class_names)
-    labeled, unlabeled = (
-        np.stack([_histogram(part, classes, given=given) for part in parts]) for given in (True, False)
-    )
-    return draw_client_classes(labeled, unlabeled, source.class_names)
-
-
-def _histogram(part: Contents, classes: int, given: bool) -> Int64Array:
-    """Training images of each class whose label the client has, or has not."""
-    has = np.ones(len(part.keys), dtype=bool) if part.given is None else part.given
-    rows = (np.asarray(part.roles) == "train") & (has == given) & (part.labels >= 0)
-    return np.bincount(part.labels[rows], minlength=classes).astype(np.int64)
+    labeled, unlabeled = [], []
+    for client in range(split.num_clients):
+        part = ClientPart(source, client, split).read()
+        known = (np.asarray(part.roles) == "train") & (part.labels >= 0)
+        labeled.append(count_labels(part, classes))
+        unlabeled.append(np.bincount(part.labels[known], minlength=classes) - labeled[-1])
+    return draw_client_classes(np.stack(labeled), np.stack(unlabeled), source.class_names)

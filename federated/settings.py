@@ -130,7 +130,7 @@ class Drawing:
         candidates: Images that are drawn for each that is wanted; the classifier chooses among them. At least 1.
         gate: Keep drawn images only that the first classifier takes for what they were drawn as.
         min_gate_rate: Share of the candidates that it has to agree with, over all clients; below it nothing is trained
-            on drawn images. None is twice chance.
+            on drawn images. None is twice chance, with two classes three quarters.
         sampler: See DrawRequest.
         num_steps: Steps of the sampler.
         guidance: Weight of classifier-free guidance.
@@ -160,6 +160,20 @@ class Drawing:
             _require(name, getattr(self, name), at_least=1)
         if self.min_gate_rate is not None:
             _require("min_gate_rate", self.min_gate_rate, at_least=0, at_most=1)
+
+    def least_gate_rate(self, num_classes: int) -> float:
+        """Tell which share of the candidates the classifier has to agree with.
+
+        Args:
+            num_classes: Classes K.
+
+        Returns:
+            `min_gate_rate`; without one twice chance, 2 / K, or half-way from chance to all where that is less.
+        """
+        if self.min_gate_rate is not None:
+            return self.min_gate_rate
+        chance = 1 / num_classes
+        return min(2 * chance, (1 + chance) / 2)
 
 
 @dataclass(frozen=True)

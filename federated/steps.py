@@ -11,8 +11,6 @@ The steps are those of Wang et al. 2025 (arXiv 2501.02219) as far as its abstrac
 selection, of amounts and of the gate are fewlight's own.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,17 +24,19 @@ import torch
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from callbacks.drawn_sheet import shown_classes
 from callbacks.sampling import Draws
 from datamodules.atomic import write_json_atomically
 from datamodules.draw_request import DrawRequest
 from federated.checkpoint import CHECKPOINT, write_checkpoint
 from federated.cohort import Cohort
+from federated.identity import step_identity
 from federated.report import Report
 from federated.roles import build, role_of
 from federated.rounds import Finished, RoundReport, train_together
 from federated.selection import cuts, precision
 from federated.settings import Arm, Settings
-from federated.table import Row
+from federated.table import DrawnFacts, Row, SelectionFacts, with_missing_clients
 from federated.tasks import FitTask
 from federated.weights import load_network_state, network_state, trained_names
 from lightning_modules.checkpoints import file_sha256
@@ -47,9 +47,8 @@ Int64Array = npt.NDArray[np.int64]
 _LINES = 6
 # A confidence that nothing has; JSON knows no infinity.
 _NONE = 2.0
-# Images of a class to look at, and classes that are looked at.
+# Images of a class to look at.
 _SAMPLES = 10
-_SHOWN = 20
 _ARMS: dict[Arm, FitTask] = {
     "labels": FitTask("labels"),
     "all_pseudo_labels": FitTask("all_pseudo_labels", pseudo_labels="all"),
@@ -67,6 +66,7 @@ class Steps:
         settings: The run.
 
     Raises:
+        TimeoutError: Too few clients connect.
         RuntimeError: Too few clients answer.
         ValueError: Clients do not fit together, or none has labels.
     """
@@ -77,8 +77,9 @@ class Steps:
         self.report = Report(self.run_dir, settings.config_hash())
         self.cohort = Cohort(grid, settings.communication)
         self.rows: list[Row] = []
-        # The label histogram, once it is summed.
+        # The label histogram, once it is summed, and of how many clients.
         self.histogram: Int64Array = np.zeros(0, dtype=np.int64)
+        self.counted = 0
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -87,6 +88,7 @@ class Steps:
     def run(self) -> None:
         """Conduct all steps, and report."""
         self.histogram = self.cohort.total("labels")
+        self.counted = len(self.cohort.members)
         classifier, confusion = self._classifier()
         self._label(classifier, confusion)
         may_draw = self.settings.generator is not None and self._draw(classifier)
@@ -95,6 +97,7 @@ class Steps:
                 self.rows.append(Row(arm, None, None, "not trained: the classifier does not know the drawn images"))
             else:
                 self._arm(arm, classifier)
+        self.rows = with_missing_clients(self.rows)
 
     # ---------------------------------------------------------------- the steps
 
@@ -122,10 +125,7 @@ class Steps:
         counts = self.cohort.total("selection")
         self.report.confusion(confusion[0], self._names)
         self.report.selection(counts, self._names)
-        self._say(
-            f"pseudo-labels: {_share(counts[:, 1].sum(), counts[:, 0].sum())} kept"
-            + (f"; {_right(counts)}" if counts[:, 2].any() else "")
-        )
+        self._say(SelectionFacts.of(counts).sentence())
         content = {
             "kind": "federated_pseudo_labels",
             "class_names": list(self._names),
@@ -145,21 +145,18 @@ class Steps:
             frozen = self._train(task).weights
         task = FitTask("generator", "generator", pseudo_labels="selected")
         generator = self._train(task, frozen)
-        about = {"histogram": self.histogram.tolist(), "num_clients": len(self.cohort.members)}
+        about = {"histogram": self.histogram.tolist(), "num_clients": self.counted}
         self.cohort.ask("query.draw", about, task, generator.weights, classifier.weights)
         counts = self.cohort.total("drawn")
         self.report.drawn(counts, self._names)
         self._sample(task, generator)
-        rate = float(counts[:, 1].sum() / max(int(counts[:, 0].sum()), 1))
-        least = self.settings.drawing.min_gate_rate
-        least = 2 / self.cohort.num_classes if least is None else least
-        allowed = bool(counts[:, 1].any()) and (not self.settings.drawing.gate or rate >= least)
-        self._say(
-            f"drawn images: {_share(counts[:, 1].sum(), counts[:, 0].sum())} kept"
-            + ("" if allowed else f"; below {least:.0%} nothing is trained on them (`drawing.min_gate_rate`)")
-        )
+        facts = DrawnFacts.of(counts)
+        rate, least = facts.rate() or 0.0, self.settings.drawing.least_gate_rate(self.cohort.num_classes)
+        allowed = facts.kept > 0 and (not self.settings.drawing.gate or rate >= least)
+        refused = f"; below {least:.0%} nothing is trained on them (`drawing.min_gate_rate`)"
+        self._say(facts.sentence() + ("" if allowed else refused))
         content = {"kind": "federated_drawn", "gate_rate": rate, "allowed": allowed, "counts": counts.tolist()}
-        self._write("drawn", content)
+        self._write("drawn_images", content)  # `drawn` is the folder of the arm
         return allowed
 
     def _arm(self, arm: Arm, classifier: Finished) -> None:
@@ -188,7 +185,7 @@ class Steps:
                 loss = f", loss {fmean(found.losses.values()):.3f}" if found.losses else ""
                 self._say(f"{task.name}: round {found.number} of {rounds}{loss}{known}")
 
-        identity = self.identity(task)
+        identity = step_identity(self.settings, task)
         finished = train_together(
             self.cohort.grid,
             self.settings,
@@ -207,48 +204,17 @@ class Steps:
         self._write(task.name, content | {"sha256": file_sha256(folder / CHECKPOINT), "checkpoint": CHECKPOINT})
         return finished
 
-    def identity(self, task: FitTask) -> str:
-        """Identify everything that the weights of a step depend on, by a hash.
-
-        Args:
-            task: The step.
-        """
-        s = self.settings
-        held_out = task.fold is not None
-        # Pseudo-labels and drawn images come from the steps before.
-        earlier: dict[str, Any] = {"confusion": asdict(s.confusion)} if held_out or task.pseudo_labels else {}
-        if task.pseudo_labels == "selected" or task.drawn:
-            earlier["selection"] = asdict(s.selection)
-        if task.pseudo_labels or task.drawn:
-            earlier["classifier"] = asdict(s.classifier)
-        if task.drawn:
-            earlier |= {name: _plain(getattr(s, name)) for name in ("generator", "noisy_classifier", "drawing")}
-        if task.role == "generator":
-            earlier["noisy_classifier"] = _plain(s.noisy_classifier)
-        content = {
-            "task": asdict(task),
-            "role": asdict(role_of(s, task)),
-            "earlier": earlier,
-            "source": s.source,
-            "split": _plain(s.split),
-            # Who is waited for may be changed to go on without a client that has gone.
-            "fraction": s.communication.fraction,
-            "privacy": _plain(s.privacy),
-            "seed": s.seed,
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
     def _sample(self, task: FitTask, generator: Finished) -> None:
         """Draw some images of each class to look at."""
         how, count = self.settings.drawing, self.cohort.num_classes
-        shown = [_SAMPLES if number < _SHOWN else 0 for number in range(count)]
+        shown = shown_classes(range(count))
         request = DrawRequest(
             None,
             self.cohort.members[0].image_shape[-1],
             batch_size=how.batch_size,
             sampler=how.sampler,
             num_steps=how.num_steps,
-            images_per_class=shown,
+            images_per_class=[_SAMPLES if number in shown else 0 for number in range(count)],
             num_classes=count,
             guidance=how.guidance,
         )
@@ -268,16 +234,3 @@ class Steps:
 
     def _say(self, line: str) -> None:
         print(line, flush=True)
-
-
-def _plain(part: Any) -> dict[str, Any] | None:  # noqa: ANN401 - any of the dataclasses of the settings
-    return None if part is None else asdict(part)
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part} of {whole} ({part / max(whole, 1):.0%})"
-
-
-def _right(counts: Int64Array) -> str:
-    """How many are right, where hidden labels tell."""
-    return f"right are {_share(counts[:, 3].sum(), counts[:, 2].sum())} of all, {counts[:, 4].sum()} of the kept"

@@ -1,7 +1,6 @@
 """Federated averaging on Flower, by counts and in a fixed order."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -16,7 +15,6 @@ from federated import wire
 from federated.averaging import Arrays, average, digest, floating
 from federated.settings import Communication
 
-_SECONDS_BETWEEN_LOOKS = 0.2
 _NAMED = 3  # tensors that an error names
 
 Read = TypeVar("Read")
@@ -131,8 +129,7 @@ class CountedFedAvg(FedAvg):
         """
         number = self.plan.rounds_before + server_round
         self._sent = {name: array.numpy() for name, array in arrays.items()}
-        connected = self._connected(grid)
-        self._asked = self._sampled(number, connected)
+        self._asked = self._sampled(number, wire.connected(grid, self.plan.communication))
         config[wire.ROUND] = number
         content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: config})
         if self.plan.frozen is not None:
@@ -190,7 +187,7 @@ class CountedFedAvg(FedAvg):
             TimeoutError: Too few clients are connected.
         """
         number = self.plan.rounds_before + server_round
-        self._asked = self._connected(grid) if self.evaluates(number) else []
+        self._asked = wire.connected(grid, self.plan.communication) if self.evaluates(number) else []
         if not self._asked:
             return []
         config[wire.ROUND] = number
@@ -216,21 +213,6 @@ class CountedFedAvg(FedAvg):
         return None
 
     # ---------------------------------------------------------------- clients
-
-    def _connected(self, grid: Grid) -> list[int]:
-        """The nodes that are there, in an order of their own; waits for the least number of them."""
-        least, wait = self.plan.communication.min_clients, self.plan.communication.wait
-        end = time.monotonic() + wait
-        while len(nodes := sorted(grid.get_node_ids())) < least:
-            if time.monotonic() >= end:
-                msg = (
-                    f"Expected at least `communication.min_clients` = {least} clients to train `{self.plan.name}`, but "
-                    f"{len(nodes)} are connected after {wait:g} s (`communication.wait`); start more of them. The same "
-                    "command goes on where this one stopped."
-                )
-                raise TimeoutError(msg)
-            time.sleep(min(_SECONDS_BETWEEN_LOOKS, wait))
-        return nodes
 
     def _sampled(self, number: int, nodes: list[int]) -> list[int]:
         """The nodes whose turn it is: those of the smallest hashes, a random sample that no other draw can shift."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +73,21 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             ]
         )
     return written
+
+
+def with_missing_clients(rows: Sequence[Row]) -> list[Row]:
+    """Note in a row which clients did not test it that tested others: it is of other images than those.
+
+    Args:
+        rows: The rows; those of training in one place, which no client tests, stay as they are.
+    """
+    tested = {client for row in rows for client in row.clients}
+    noted = []
+    for row in rows:
+        missing = sorted(tested - row.clients.keys()) if row.clients else []
+        note = f"not tested at client {', '.join(map(str, missing))}"
+        noted.append(replace(row, note=note) if missing else row)
+    return noted
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What server and clients say to each other, as Flower's records carry it."""
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from federated.settings import Communication
 from federated.tasks import FitTask
 
 # Names of the records of a message.
@@ -22,6 +24,8 @@ CONFIG = "config"
 METRICS = "metrics"
 ANSWER = "answer"
 MASKED = "masked"
+
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 ROUND = "server-round"  # Flower's strategies add it
 WEIGHT = "num-examples"  # and weight by it
@@ -181,6 +185,33 @@ def answered(
     if masked is not None:
         content[ARRAYS] = ArrayRecord({MASKED: Array(masked)})
     return content
+
+
+def connected(grid: Grid, communication: Communication) -> list[int]:
+    """Wait for clients.
+
+    Args:
+        grid: Flower's connection to the nodes.
+        communication: How many, and how long.
+
+    Returns:
+        The ids of all nodes that are there, sorted.
+
+    Raises:
+        TimeoutError: There are too few.
+    """
+    least, wait = communication.min_clients, communication.wait
+    end = time.monotonic() + wait
+    while len(nodes := sorted(grid.get_node_ids())) < least:
+        if time.monotonic() >= end:
+            msg = (
+                f"Expected at least {least} clients (`communication.min_clients`) within {wait:g} s "
+                f"(`communication.wait`), got {len(nodes)}; start more, or lower it. The same command goes on where "
+                "this one stopped."
+            )
+            raise TimeoutError(msg)
+        time.sleep(min(_SECONDS_BETWEEN_LOOKS, wait))
+    return nodes
 
 
 def ask(

@@ -27,8 +27,8 @@ def digits(folder: Path, **changes: Any) -> Settings:
         "class_path": "SSLClassifier",
         "init_args": {
             "network": {
-                "class_path": "WideResNet",
-                "init_args": {"depth": 10, "widen": 1, "in_channels": 1, "bn_momentum": 0.05},
+                "class_path": "ConvNet",
+                "init_args": {"image_size": 8, "widths": [8, 16], "in_channels": 1},
             },
             "method": {"class_path": "Supervised"},
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9}},

@@ -1,5 +1,6 @@
 """A client: what it counts and trains, and that it remembers nothing that a new process would not know."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,12 +119,21 @@ def test_a_client_keeps_nothing_that_a_new_one_lacks(tmp_path: Path) -> None:
 
 
 def test_without_labels_nothing_is_trained(tmp_path: Path) -> None:
-    run = settings(tmp_path)
+    run = settings(tmp_path, selection=Selection("fixed", min_confidence=1.0))
+    assert run.generator is not None
+    counted = {"class_path": "ConfusionTransition", "init_args": {"counts": "{client}/selected/manifest.json"}}
+    arguments = {**run.generator.model["init_args"], "transition": counted}
+    run = replace(run, generator=replace(run.generator, model={**run.generator.model, "init_args": arguments}))
     client, weights = Client(run, 0, source(labeled=0)), first_weights(run)
     trained = client.train(CLASSIFIER, 1, weights)
     assert same(trained.weights, weights)
     assert (trained.count, trained.loss) == (0, 0.0)
+    # Nothing is sure enough to be selected, which is no reason to fail.
+    labelled(client)
+    assert not (client.folder / "selected").exists()
     assert client.train(GENERATOR, 1, first_weights(run, GENERATOR)).count == 0
+    client.draw(GENERATOR, first_weights(run, GENERATOR), None, np.array([2, 0, 1]), 1)
+    assert client.counts("drawn").tolist() == [[2, 2], [0, 0], [1, 1]]
     assert client.evaluate(CLASSIFIER, weights).count == TESTED
 
 
@@ -200,9 +210,32 @@ def test_pseudo_labels_are_counted_by_their_class(tmp_path: Path) -> None:
     task = FitTask("arm", pseudo_labels="selected")
     assert client.train(task, 1, first_weights(client.settings)).count == 14 + found[:, 1].sum()
     # Pseudo-labels that are replaced are taken up.
-    everything = replace(client.settings, selection=Selection("fixed", min_confidence=0.0))
-    select(Client(everything, 0, source()), np.ones((len(THRESHOLDS), CLASSES, CLASSES), dtype=np.int64))
-    assert client.train(task, 1, first_weights(client.settings)).count == IMAGES
+    select(client, np.ones((len(THRESHOLDS), CLASSES, CLASSES), dtype=np.int64))
+    fewer = client.counts("selection")[:, 1].sum()
+    assert fewer < found[:, 1].sum()
+    assert client.train(task, 1, first_weights(client.settings)).count == 14 + fewer
+
+
+def test_what_another_run_left_is_not_trained_on(tmp_path: Path) -> None:
+    run, task = settings(tmp_path), FitTask("arm", pseudo_labels="selected")
+    labelled(Client(run, 0, source()))
+    changed = Client(replace(run, selection=Selection("fixed", min_confidence=0.0)), 0, source())
+    weights = first_weights(run)
+    for fails in (
+        lambda: changed.train(task, 1, weights),
+        lambda: changed.train(FitTask("arm", drawn=True), 1, weights),
+        lambda: changed.counts("selection"),
+        lambda: select(changed, np.ones((len(THRESHOLDS), CLASSES, CLASSES), dtype=np.int64)),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"Expected `.*` of this run in .*, but there is none"):
+            fails()
+    labelled(changed)
+    assert changed.train(task, 1, weights).count == IMAGES
+    # Nor does a client go on with its labels alone that has lost what it selected.
+    shutil.rmtree(changed.folder / "selected")
+    with pytest.raises(FileNotFoundError, match="Expected `selected` of this run"):
+        changed.train(task, 2, weights)
+    assert changed.train(CLASSIFIER, 2, weights).count == 14
 
 
 def test_a_generator_takes_the_finished_classifier_of_noisy_images(tmp_path: Path) -> None:
@@ -250,14 +283,13 @@ def test_drawn_images_join_the_labels(tmp_path: Path) -> None:
 
 def test_a_learned_transition_is_refused(tmp_path: Path) -> None:
     run = settings(tmp_path)
-    client = Client(run, 0, source())
-    labelled(client)
     frozen = first_weights(run, NOISY)
     role = run.noisy_classifier
     assert role is not None
     arguments = {**role.model["init_args"], "transition": {"class_path": "LearnedTransition"}}
     learns = replace(role, model={**role.model, "init_args": arguments})
     client = Client(replace(run, noisy_classifier=learns), 0, source())
+    labelled(client)
     with pytest.raises(ValueError, match="with a known `transition`, got one that learns it"):
         client.train(GENERATOR, 1, first_weights(run, GENERATOR), frozen)
 

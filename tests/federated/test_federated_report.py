@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from federated.report import Report
 from federated.rounds import RoundReport
-from federated.table import DrawnFacts, Row, SelectionFacts, cells
+from federated.table import DrawnFacts, Row, SelectionFacts, cells, with_missing_clients
 
 NAMES = ("cat", "dog|wolf", "[owl]")
 SELECTION = np.array([[10, 4, 10, 6, 3], [20, 5, 20, 9, 5], [0, 0, 0, 0, 0]])
@@ -149,6 +149,13 @@ def test_points_are_gained_over_labels_where_both_are_known() -> None:
         ["x", "25.0", "-25.0", "-", ""],
     ]
     assert [row[2] for row in cells(rows[1:])] == ["", "", ""]
+
+
+def test_rows_that_not_all_clients_tested_say_so() -> None:
+    rows = [Row("labels", 0.5, 0.4, clients={0: 0.4, 1: 0.6}), Row("selected", 0.7, 0.7, clients={1: 0.7})]
+    rows += [Row("drawn", note="not trained"), Row("central, all labels", 0.9)]
+    assert [row.note for row in with_missing_clients(rows)] == ["", "not tested at client 0", "not trained", ""]
+    assert with_missing_clients(rows[1:]) == rows[1:]
 
 
 def test_the_end_is_a_table_and_two_files(tmp_path: Path) -> None:

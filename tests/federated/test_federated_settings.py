@@ -130,6 +130,11 @@ def settings(**parts: Any) -> Settings:
     return Settings({"class_path": "S"}, ROLE, **parts)
 
 
+def test_the_gate_asks_for_more_than_chance_and_for_what_can_be_reached() -> None:
+    assert [Drawing().least_gate_rate(classes) for classes in (2, 3, 4, 10)] == pytest.approx([0.75, 2 / 3, 0.5, 0.2])
+    assert Drawing(min_gate_rate=0.0).least_gate_rate(2) == 0
+
+
 def test_settings_that_fit_together_pass() -> None:
     check(settings())
     check(settings(generator=generator(weighting="none"), arms=["labels", "drawn", "selected_and_drawn"]))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 from toy_federation import CLASSIFIER, GENERATOR, run, toy
@@ -12,7 +13,7 @@ from toy_federation import CLASSIFIER, GENERATOR, run, toy
 from datamodules import pseudo_labels, synthetic_images
 from federated.report import Report
 from federated.rounds import RoundReport
-from federated.settings import Confusion, Drawing, Role, Selection
+from federated.settings import Confusion, Drawing, Privacy, Role, Selection
 from lightning_modules.checkpoints import load_checkpoint
 
 
@@ -119,6 +120,24 @@ def test_the_run_ends_without_a_client_that_vanishes(tmp_path: Path) -> None:
     assert set(results["arms"]["selected"]["clients"]) == {"0", "1"}
 
 
+@pytest.mark.slow
+def test_a_client_that_was_away_is_left_out_of_what_it_lacks_the_labels_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = toy(tmp_path, generator=None, arms=["labels", "selected"], central=None)
+
+    def lost(message: Message) -> bool:
+        return (message.metadata.dst_node_id, message.metadata.message_type) == (1003, "query.label")
+
+    with pytest.warns(UserWarning, match="`selected` goes on without 1 clients: client 2: Expected `selected` of this"):
+        results = run(settings, lost)
+    assert "client 2: no answer within" in capsys.readouterr().out
+    history = json.loads((tmp_path / "report.json").read_text())["rounds"]
+    assert [set(history[step]["2"]["losses"]) for step in ("classifier", "selected")] == [{"0", "1", "2"}, {"0", "1"}]
+    # It tests all of them.
+    assert [set(results["arms"][arm]["clients"]) for arm in settings.arms] == [{"0", "1", "2"}] * 2
+
+
 def test_nothing_is_trained_on_images_that_the_classifier_does_not_know(tmp_path: Path) -> None:
     # The classifier of one round knows no digits, the generator draws none.
     drawing = Drawing(num_steps=2, min_gate_rate=0.9, ratio=0.5, candidates=1.0)
@@ -147,3 +166,20 @@ def test_transition_aware_drawing_takes_t_from_the_confusion_of_all_clients(tmp_
     for settings in (weighted, plain):
         run(replace(settings, confusion=Confusion("held_out"), selection=Selection("fixed", min_confidence=0.0)))
     assert weights_of(tmp_path / "a")["generator"] != weights_of(tmp_path / "b")["generator"]
+
+
+def test_weights_are_noised_and_statistics_are_not(tmp_path: Path) -> None:
+    quick = toy(tmp_path, classifier=replace(CLASSIFIER, rounds=1), generator=None, arms=["labels"], central=None)
+    quick = replace(quick, confusion=Confusion("held_out"), selection=Selection("fixed"))
+    # So much noise that every weight is far from what it was; the variances of batch normalisation stay positive.
+    results = run(replace(quick, privacy=Privacy(100.0, 1.0)))
+    assert results["arms"]["labels"]["accuracy"] is not None
+    saved = load_checkpoint(tmp_path / "classifier" / "checkpoints" / "last.ckpt", "ckpt_path")["state_dict"]
+    state = {name: value for name, value in saved.items() if name.startswith("network.")}
+    weights = torch.cat([value.flatten() for name, value in state.items() if name.endswith("weight")])
+    assert float(weights.std()) > 10
+    statistics = [value for name, value in state.items() if "running_var" in name]
+    assert len(statistics) == 2
+    assert all(float(value.min()) > 0 and float(value.max()) < 10 for value in statistics)
+    counts = [value for name, value in state.items() if "num_batches_tracked" in name]
+    assert all(value.dtype == torch.int64 and int(value) == 4 for value in counts)
