@@ -17,6 +17,8 @@ from federated.wire import Answers, ask, connected
 
 Int64Array = npt.NDArray[np.int64]
 
+# Errors that an error tells of.
+_TOLD = 3
 # How often a sum is asked for anew because a client has gone.
 _ATTEMPTS = 5
 
@@ -194,7 +196,9 @@ def _tell(errors: Mapping[int, str]) -> None:
 
 
 def _told(errors: Mapping[int, str]) -> str:
-    return "; ".join(f"{error}" for _, error in sorted(errors.items()))
+    told = sorted(errors.values())
+    more = f" (and {len(told) - _TOLD} more)" if len(told) > _TOLD else ""
+    return "; ".join(told[:_TOLD]) + more
 
 
 def _check(members: Sequence[Member]) -> None:
