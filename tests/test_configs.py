@@ -432,6 +432,7 @@ def _apart_from_what_a_flag_is_for(config: Path) -> str:
     return yaml.safe_dump(content)
 
 
+@pytest.mark.slow  # tests/federated runs all steps by default, too
 @pytest.mark.parametrize("config", FEDERATED, ids=str)
 def test_a_federated_config_runs_shrunk(config: Path, tmp_path: Path) -> None:
     content = _whole(config)

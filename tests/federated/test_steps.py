@@ -65,7 +65,7 @@ def test_a_run_leaves_artifacts_and_manifests(whole: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "number"),
     [
-        ("generator", 1),
+        pytest.param("generator", 1, marks=pytest.mark.slow),
         pytest.param("cross_fit_0", 2, marks=pytest.mark.slow),
         pytest.param("selected_and_drawn", 1, marks=pytest.mark.slow),
     ],
@@ -98,6 +98,24 @@ def test_a_server_that_is_stopped_goes_on_at_the_last_finished_round(
     assert (step, number) not in trained
     assert weights_of(Path(settings.run_dir)) == weights_of(whole)
     assert results == json.loads((whole / "results.json").read_text())
+
+
+def test_a_short_run_goes_on_at_the_last_finished_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = Confusion("held_out")
+    short = toy(tmp_path / "whole", generator=None, arms=["selected"], central=None, confusion=held_out)
+    expected, told = run(short), Report.round
+
+    def stop(self: Report, task_name: str, found: RoundReport) -> bool:
+        told(self, task_name, found)
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "round", stop)
+        with pytest.raises(StoppedError):
+            run(replace(short, run_dir=str(tmp_path / "run")))
+    found = run(replace(short, run_dir=str(tmp_path / "run")))
+    assert found == expected
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
 
 
 def test_the_run_ends_without_a_client_that_vanishes(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_forks_do_what_the_program_does(folder: Path) -> None:
     group = ProcessGroup()
     try:

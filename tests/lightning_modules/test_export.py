@@ -264,7 +264,7 @@ def test_help_names_export_and_imports_nothing_heavy() -> None:
     )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert "{fit,validate,test,predict,export}" in done.stdout
+    assert "{fit,validate,test,predict,export,federate}" in done.stdout
     assert "  lightning export   --ckpt_path FILE --output_dir FOLDER" in done.stdout
     assert done.stdout.endswith("\n0\n[]\n")
 

@@ -174,6 +174,7 @@ Path(folder, f"rank{{rank}}.json").write_text(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_same_weights_and_memory(tmp_path: Path, teacher: Path) -> None:
     tests = Path(__file__).parents[2]
     paths = [str(tests.parent), str(tests), str(Path(__file__).parent)]
